@@ -1,0 +1,325 @@
+"""Stable Diffusion folders in diffusers' layout, in and out.
+
+A parameter's path in our networks is its name in diffusers, but for the few patterns in `RENAMED`.
+The table is an exact bijection: a tensor left over on either side is an error that names it.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.errors import UserError
+from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from bootpig_jax.models.unet import UNet, UNetConfig
+from bootpig_jax.models.vae import VAE, VAEConfig
+
+ParameterPath = tuple[Any, ...]  # of attribute names and list indices
+Network = TypeVar("Network", UNet, VAE, TextEncoder)
+
+# Our spelling -> diffusers' and transformers', applied in this order to dotted names.
+RENAMED: tuple[tuple[str, str], ...] = (
+    (r"\battentions\.(\d+)\.attention\.", r"attentions.\1."),  # the VAE's one-headed attention
+    (r"\bto_out\.", "to_out.0."),
+    (r"\bff\.gate\.", "ff.net.0.proj."),
+    (r"\bff\.out\.", "ff.net.2."),
+    (r"^layers\.", "text_model.encoder.layers."),
+    (r"^(token|position)_embedding\.", r"text_model.embeddings.\1_embedding."),
+    (r"^final_layer_norm\.", "text_model.final_layer_norm."),
+    (r"\.(kernel|scale|embedding)$", ".weight"),
+)
+
+# Spellings that files in circulation use -> the current one; None: a buffer that is no parameter.
+OLD_SPELLINGS: tuple[tuple[str, str | None], ...] = (
+    (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
+    (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
+    (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+    (r"^(encoder\.layers|embeddings|final_layer_norm)\.", r"text_model.\1."),
+    (r"^text_model\.embeddings\.position_ids$", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """A text-to-image model: its networks, its tokenizer and its noise schedule.
+
+    Attributes:
+        scheduler_config: the parsed `scheduler_config.json` that `schedule` was made from.
+    """
+
+    unet: UNet
+    vae: VAE
+    text_encoder: TextEncoder
+    tokenizer: Tokenizer
+    schedule: NoiseSchedule
+    scheduler_config: Mapping[str, Any]
+
+
+def load_stable_diffusion(
+    model: str | Path,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> StableDiffusion:
+    """Loads SD 1.5, 2.1-base, 2.1 or a smaller model of the same layout.
+
+    Args:
+        model: a folder in diffusers' layout, or the id of one on the Hugging Face hub.
+        dtype: the precision of the computation.
+        param_dtype: the precision the parameters are kept in.
+
+    Raises:
+        UserError: a file is missing, cut short or does not fit its configuration.
+    """
+    folder = find_model(model)
+    precision: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
+    return StableDiffusion(
+        unet=load_unet(folder / "unet", **precision),
+        vae=load_network(folder / "vae", VAE, VAEConfig, **precision),
+        text_encoder=load_network(
+            folder / "text_encoder", TextEncoder, TextEncoderConfig, **precision
+        ),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        schedule=NoiseSchedule.from_config(scheduler_config),
+        scheduler_config=scheduler_config,
+    )
+
+
+def find_model(model: str | Path) -> Path:
+    """The local folder of a model: itself, or what the hub's client downloads for an id.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise UserError(f"model: {model} is neither a folder nor the id of a model on the hub")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(model), allow_patterns=["*.json", "*.txt", "*/*.safetensors"]
+            )
+        )
+    except Exception as error:  # the client raises many kinds, all meaning "could not get it"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model: {model} is no folder and can't be downloaded: {reason}") from error
+
+
+def load_unet(
+    folder: str | Path,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> UNet:
+    """Loads one UNet's folder: a model's `unet/`, or `base_unet/` and `ref_unet/` of a BootPIG.
+
+    Raises:
+        UserError: a file is missing, cut short or does not fit its configuration.
+    """
+    return load_network(Path(folder), UNet, UNetConfig, dtype=dtype, param_dtype=param_dtype)
+
+
+class Config(Protocol):
+    """A network's configuration."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads a parsed `config.json`."""
+
+
+def load_network(
+    folder: Path,
+    network: Callable[..., Network],
+    config: type[Config],
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> Network:
+    """Builds a network's shapes from `config.json` and fills them from the folder's safetensors.
+
+    Raises:
+        UserError: a file is missing or cut short, a tensor is missing, left over or of a wrong
+            shape.
+    """
+    sizes = config.from_dict(read_json(folder / "config.json"))
+    abstract = nnx.eval_shape(
+        lambda: network(sizes, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+    )
+    graph, state = nnx.split(abstract)
+    shapes = dict(nnx.to_flat_state(state))
+    names = {diffusers_name(path): path for path in shapes}
+
+    tensors = read_tensors(folder)
+    missing, left_over = sorted(names.keys() - tensors), sorted(tensors.keys() - names.keys())
+    if missing or left_over:
+        raise UserError(
+            f"{folder}: the weights do not fit config.json; "
+            f"missing: {_listing(missing)}; left over: {_listing(left_over)}"
+        )
+    for name, path in names.items():
+        value = from_torch_layout(tensors[name], path)
+        if value.shape != shapes[path].shape:
+            raise UserError(
+                f"{folder}: {name} has the shape {tensors[name].shape}, which does not fit "
+                f"config.json: {to_torch_shape(shapes[path].shape, path)} is expected"
+            )
+        shapes[path] = shapes[path].replace(jnp.asarray(value, param_dtype))
+    return nnx.merge(graph, nnx.from_flat_state(shapes))
+
+
+def save_unet(folder: str | Path, unet: UNet, dtype: np.dtype | type | None = None) -> None:
+    """Writes a UNet that diffusers' `UNet2DConditionModel.from_pretrained` loads.
+
+    Args:
+        folder: created if missing.
+        unet: the network.
+        dtype: the precision in the file; that of the parameters when ``None``.
+    """
+    save_network(folder, unet, "UNet2DConditionModel", "diffusion_pytorch_model", dtype)
+
+
+def save_network(
+    folder: str | Path,
+    network: UNet | VAE | TextEncoder,
+    class_name: str,
+    file_name: str,
+    dtype: np.dtype | type | None = None,
+) -> None:
+    """Writes `config.json` and one safetensors file, in PyTorch's layout and names.
+
+    Args:
+        folder: created if missing.
+        network: the network.
+        class_name: which PyTorch class the configuration is for.
+        file_name: of the safetensors file, without its ending.
+        dtype: the precision in the file; that of the parameters when ``None``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        diffusers_name(path): to_torch_layout(np.asarray(leaf[...], dtype), path)
+        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+    }
+    save_file(tensors, folder / f"{file_name}.safetensors", metadata={"format": "pt"})
+    config = {"_class_name": class_name, **dataclasses.asdict(network.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def diffusers_name(path: ParameterPath) -> str:
+    """A parameter's name in diffusers or transformers, from its path in our network."""
+    name = ".".join(map(str, path))
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_torch_layout(value: np.ndarray, path: ParameterPath) -> np.ndarray:
+    """PyTorch's kernels (out, in) and (out, in, h, w) to ours, (in, out) and (h, w, in, out)."""
+    if path[-1] != "kernel":
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def to_torch_layout(value: np.ndarray, path: ParameterPath) -> np.ndarray:
+    """The inverse of `from_torch_layout`."""
+    if path[-1] != "kernel":
+        return value
+    return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)
+
+
+def to_torch_shape(shape: tuple[int, ...], path: ParameterPath) -> tuple[int, ...]:
+    """The shape of `to_torch_layout`'s result."""
+    return to_torch_layout(np.broadcast_to(np.float32(0), shape), path).shape
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+        UserError: the file is missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; a folder in diffusers' layout has it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a network's folder, old spellings brought up to date.
+
+    Full precision is preferred to the `fp16` variant; a model split over several files is joined.
+
+    Raises:
+        UserError: there is no safetensors file, only a pickle (never opened), or one is damaged.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path in _safetensors_files(folder):
+        try:
+            with safe_open(path, framework="flax") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    name = _current_name(key)
+                    if name is not None:
+                        tensors[name] = np.asarray(file.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged: {error}; fetch it again") from None
+    return tensors
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            single = folder / f"{stem}{variant}.safetensors"
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if single.is_file():
+                return [single]
+            if index.is_file():
+                files = sorted(set(read_json(index).get("weight_map", {}).values()))
+                return [folder / file for file in files]
+    pickles = [p.name for kind in ("*.bin", "*.ckpt", "*.pt", "*.pth") for p in folder.glob(kind)]
+    if pickles:
+        raise UserError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; "
+            "convert them to safetensors first"
+        )
+    raise UserError(f"{folder} has no .safetensors file")
+
+
+def _current_name(name: str) -> str | None:
+    for pattern, replacement in OLD_SPELLINGS:
+        if replacement is None:
+            if re.search(pattern, name):
+                return None
+        else:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _listing(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) or "none"
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
+
+
+def parameter_count(network: nnx.Module) -> int:
+    """How many parameters a network has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))

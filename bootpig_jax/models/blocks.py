@@ -1,0 +1,275 @@
+"""The layers that Stable Diffusion's UNet and VAE are made of. Pictures are NHWC.
+
+Attribute names follow diffusers', so that a parameter's path here is its name there
+(`checkpoints/diffusers.py` lists the few exceptions).
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float
+
+from bootpig_jax.attention import Strategy, attend_to_references, attention
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+@struct.dataclass
+class References:
+    """What the Base UNet's self-attention layers attend to besides their own tokens.
+
+    Attributes:
+        features: one array for each self-attention layer, in execution order: the features of ``K``
+            references, as `UNet` returns them.
+        keep: which samples see their references; all when ``None``.
+        key_scale: factor on the reference tokens that feed the keys (the release's is 1.1).
+        strategy: how several references are pooled (Eq. 5-8 and Fig. 6).
+    """
+
+    features: tuple[Float[Array, "b K _n _d"], ...]
+    keep: Bool[Array, " b"] | None = None
+    key_scale: float = struct.field(pytree_node=False, default=1.0)
+    strategy: Strategy = struct.field(pytree_node=False, default="softmax")
+
+    def layer(self, index: int) -> "References":
+        """The references as layer `index` sees them."""
+        return self.replace(features=(self.features[index],))  # type: ignore[attr-defined]
+
+
+def conv3x3(
+    channels: int,
+    out_channels: int,
+    *,
+    strides: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
+    **kwargs: Any,
+) -> nnx.Conv:
+    """A 3x3 convolution with PyTorch's explicit padding (``SAME`` pads strided ones otherwise)."""
+    return nnx.Conv(
+        channels, out_channels, (3, 3), strides=(strides, strides), padding=padding, **kwargs
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over positions and the channels of a group.
+
+    Sums run over the positions first and over a group's channels second, so the channels stay in
+    the innermost dimension: on a CPU three times as fast as `nnx.GroupNorm`, which splits them.
+    The variance is taken in two passes and in float32, as PyTorch does.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        epsilon: float,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        del rngs  # nothing here is random
+        self.groups = groups
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises, scales and shifts."""
+        x = x.astype(jnp.float32)
+        centred = x - self._group_mean(x)
+        variance = self._group_mean(jnp.square(centred))
+        scale = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return (centred * scale + self.bias[...]).astype(self.dtype)
+
+    def _group_mean(self, x: Array) -> Array:
+        b, _, _, c = x.shape
+        means = x.mean((1, 2)).reshape(b, self.groups, -1).mean(-1)
+        return jnp.repeat(means, c // self.groups, axis=-1)[:, None, None]
+
+
+class ResnetBlock(nnx.Module):
+    """Norm, SiLU, convolution, twice, with a residual; the time embedding is added in between."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        epsilon: float,
+        time_channels: int | None = None,
+        **kwargs: Any,
+    ):
+        self.norm1 = GroupNorm(channels, groups, epsilon, **kwargs)
+        self.conv1 = conv3x3(channels, out_channels, **kwargs)
+        if time_channels is not None:
+            self.time_emb_proj = nnx.Linear(time_channels, out_channels, **kwargs)
+        self.norm2 = GroupNorm(out_channels, groups, epsilon, **kwargs)
+        self.conv2 = conv3x3(out_channels, out_channels, **kwargs)
+        if channels != out_channels:
+            self.conv_shortcut = nnx.Conv(channels, out_channels, (1, 1), **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b h w d"]:
+        """Applies the block; `time` is the embedded timestep, before its SiLU."""
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        shortcut = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return shortcut + h
+
+
+class Downsample(nnx.Module):
+    """Halves the resolution with a strided convolution. The UNet pads (1, 1), the VAE (0, 1)."""
+
+    def __init__(self, channels: int, padding: tuple[int, int], **kwargs: Any):
+        self.conv = conv3x3(channels, channels, strides=2, padding=(padding, padding), **kwargs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Applies the convolution."""
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int, **kwargs: Any):
+        self.conv = conv3x3(channels, channels, **kwargs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Applies both."""
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+        return self.conv(x.reshape(b, 2 * h, 2 * w, c))
+
+
+class Attention(nnx.Module):
+    """Attention with heads. What it is given decides its role.
+
+    ``attention(x)`` is self-attention (Eq. 2), ``attention(x, context=text)`` cross-attention and
+    ``attention(x, references=r)`` Reference Self-Attention (Eq. 3, 5-8).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        heads: int,
+        *,
+        bias: bool = False,
+        **kwargs: Any,
+    ):
+        self.heads = heads
+        self.to_q = nnx.Linear(channels, channels, use_bias=bias, **kwargs)
+        self.to_k = nnx.Linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_v = nnx.Linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_out = nnx.Linear(channels, channels, **kwargs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        context: Float[Array, "b m e"] | None = None,
+        references: References | None = None,
+    ) -> Float[Array, "b n c"]:
+        """Attends from `x` to itself, to `context`, or to itself and one layer's `references`."""
+        source = x if context is None else context
+        q, k, v = (
+            self._split_heads(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        if references is None:
+            return self.to_out(attention(q, k, v))
+        (f_ref,) = references.features
+        return attend_to_references(
+            q,
+            k,
+            v,
+            self._split_heads(self.to_k(references.key_scale * f_ref)),
+            self._split_heads(self.to_v(f_ref)),
+            self.to_out,
+            references.strategy,
+            references.keep,
+        )
+
+    def _split_heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """The gated feed-forward layer (GEGLU) of a transformer block."""
+
+    def __init__(self, channels: int, **kwargs: Any):
+        self.gate = nnx.Linear(channels, 8 * channels, **kwargs)
+        self.out = nnx.Linear(4 * channels, channels, **kwargs)
+
+    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """Applies the layer."""
+        value, gate = jnp.split(self.gate(x), 2, axis=-1)
+        return self.out(value * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention (`attn1`), cross-attention to the text (`attn2`) and a feed-forward layer."""
+
+    def __init__(self, channels: int, text_channels: int, heads: int, **kwargs: Any):
+        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
+        self.attn1 = Attention(channels, channels, heads, **kwargs)
+        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
+        self.attn2 = Attention(channels, text_channels, heads, **kwargs)
+        self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
+        self.ff = FeedForward(channels, **kwargs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        text: Float[Array, "b l e"],
+        references: References | None = None,
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Returns the block's output and the feature ``f`` that entered its self-attention."""
+        f = self.norm1(x)
+        x = x + self.attn1(f, references=references)
+        x = x + self.attn2(self.norm2(x), context=text)
+        return x + self.ff(self.norm3(x)), f
+
+
+class SpatialTransformer(nnx.Module):
+    """A transformer block over the positions of a feature map, with a residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        text_channels: int,
+        heads: int,
+        *,
+        groups: int,
+        linear_projection: bool,
+        **kwargs: Any,
+    ):
+        def projection() -> nnx.Module:
+            if linear_projection:
+                return nnx.Linear(channels, channels, **kwargs)
+            return nnx.Conv(channels, channels, (1, 1), **kwargs)
+
+        self.norm = GroupNorm(channels, groups, 1e-6, **kwargs)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(channels, text_channels, heads, **kwargs)]
+        )
+        self.proj_out = projection()
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        text: Float[Array, "b l e"],
+        references: References | None = None,
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b n c"]]:
+        """Returns the output and the feature ``f`` that entered the self-attention."""
+        b, h, w, c = x.shape
+        tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        tokens, f = self.transformer_blocks[0](tokens, text, references)
+        return x + cast(Any, self.proj_out)(tokens.reshape(b, h, w, c)), f

@@ -1,0 +1,263 @@
+"""Our networks against diffusers' and transformers', on tiny random folders of three kinds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from bootpig_jax.bootpig import dead_tail
+from bootpig_jax.checkpoints.diffusers import (
+    StableDiffusion,
+    diffusers_name,
+    load_stable_diffusion,
+    load_unet,
+    parameter_count,
+    save_unet,
+)
+from bootpig_jax.errors import UserError
+from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from bootpig_jax.models.unet import UNet, UNetConfig
+from tests.tiny_models import KINDS, Kind, save_tiny_model
+
+TOLERANCE = 1e-4
+
+# The file that Stable Diffusion 2.1-base ships, where it differs from diffusers' defaults.
+SD21_BASE_UNET = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "use_linear_projection": True,
+    "sample_size": 64,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp(kind), kind)
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> StableDiffusion:
+    return load_stable_diffusion(folder)
+
+
+def relative_error(ours: jax.Array, theirs: torch.Tensor) -> float:
+    expected = theirs.detach().numpy()
+    return float(np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max())
+
+
+def nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def test_unet_predicts_what_diffusers_predicts(folder: Path, ours: StableDiffusion) -> None:
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
+    latents, text = random(0, 3, 8, 12, 4), random(1, 3, 7, 24)
+    t = np.array([0, 421, 999])
+    prediction, features = ours.unet(jnp.asarray(latents), jnp.asarray(t), jnp.asarray(text))
+    expected = theirs(nchw(latents), torch.from_numpy(t), torch.from_numpy(text)).sample
+    assert relative_error(prediction.transpose(0, 3, 1, 2), expected) <= TOLERANCE
+
+    layers = [m for name, m in theirs.named_modules() if name.endswith("attn1")]
+    assert len(features) == len(layers) > 0
+
+
+def test_features_are_what_enters_each_self_attention(folder: Path, ours: StableDiffusion) -> None:
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
+    seen: list[torch.Tensor] = []
+    for name, module in theirs.named_modules():
+        if name.endswith("attn1"):
+            module.register_forward_pre_hook(
+                lambda _, args, kw: seen.append(args[0]), with_kwargs=True
+            )
+    latents, text = random(2, 2, 8, 8, 4), random(3, 2, 7, 24)
+    t = np.array([7, 650])
+    theirs(nchw(latents), torch.from_numpy(t), torch.from_numpy(text))
+    _, features = ours.unet(jnp.asarray(latents), jnp.asarray(t), jnp.asarray(text))
+    for feature, expected in zip(features, seen, strict=True):
+        assert relative_error(feature, expected) <= TOLERANCE
+
+
+def test_vae_halves_match_diffusers(folder: Path, ours: StableDiffusion) -> None:
+    theirs = AutoencoderKL.from_pretrained(folder / "vae")
+    images, latents = random(4, 2, 16, 24, 3), random(5, 2, 8, 12, 4)
+    mean, log_variance = ours.vae.encode(jnp.asarray(images))
+    moments = theirs.encode(nchw(images)).latent_dist
+    assert relative_error(mean.transpose(0, 3, 1, 2), moments.mean) <= TOLERANCE
+    assert relative_error(log_variance.transpose(0, 3, 1, 2), moments.logvar) <= TOLERANCE
+    decoded = ours.vae.decode(jnp.asarray(latents))
+    assert (
+        relative_error(decoded.transpose(0, 3, 1, 2), theirs.decode(nchw(latents)).sample) <= 1e-4
+    )
+
+
+def test_text_encoder_reads_captions_as_transformers_does(
+    folder: Path, ours: StableDiffusion
+) -> None:
+    captions = ["", "a photo of the dog, in the snow", "the " * 100]
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    theirs = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    ids = tokenizer(
+        captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    ).input_ids
+    np.testing.assert_array_equal(ours.tokenizer(captions), ids.numpy())
+    hidden = ours.text_encoder(jnp.asarray(ids.numpy()))
+    assert relative_error(hidden, theirs(ids).last_hidden_state) <= TOLERANCE
+
+
+def test_prediction_type_comes_from_the_folder(kind: Kind, ours: StableDiffusion) -> None:
+    expected = "v_prediction" if kind == "sd21" else "epsilon"
+    assert ours.schedule.prediction_type == expected
+
+
+def test_saved_unet_is_what_diffusers_saved(
+    folder: Path, ours: StableDiffusion, tmp_path: Path
+) -> None:
+    save_unet(tmp_path, ours.unet)
+    file = "diffusion_pytorch_model.safetensors"
+    saved, original = load_file(tmp_path / file), load_file(folder / "unet" / file)
+    assert saved.keys() == original.keys()
+    for name in saved:
+        np.testing.assert_array_equal(saved[name], original[name], name)
+    UNet2DConditionModel.from_pretrained(tmp_path)  # raises where the sizes do not fit
+
+
+def rename(path: Path, new_name: dict[str, str]) -> None:
+    def renamed(name: str) -> str:
+        for old, new in new_name.items():
+            name = name.replace(old, new)
+        return name
+
+    save_file({renamed(k): v for k, v in load_file(path).items()}, path, {"format": "pt"})
+
+
+def test_old_spellings_load(folder: Path, ours: StableDiffusion, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    rename(
+        tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors",
+        {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"},
+    )
+    text = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    has_prefix = any(name.startswith("text_model.") for name in load_file(text))
+    if has_prefix:
+        rename(text, {"text_model.": ""})
+    else:
+        tensors = {f"text_model.{k}": v for k, v in load_file(text).items()}
+        tensors["text_model.embeddings.position_ids"] = np.arange(77)[None]
+        save_file(tensors, text, {"format": "pt"})
+    loaded = load_stable_diffusion(tmp_path / "model")
+    for network in ("vae", "text_encoder"):
+        expected = nnx.to_pure_dict(nnx.state(getattr(ours, network), nnx.Param))
+        actual = nnx.to_pure_dict(nnx.state(getattr(loaded, network), nnx.Param))
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_left_over_and_missing_tensors_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    rename(
+        tmp_path / "unet" / "diffusion_pytorch_model.safetensors", {"conv_in.bias": "conv_im.bias"}
+    )
+    with pytest.raises(UserError, match=r"missing: conv_in\.bias; left over: conv_im\.bias"):
+        load_unet(tmp_path / "unet")
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 8}))
+    with pytest.raises(UserError, match=r"attn2\.to_k\.weight has the shape \(\d+, 24\)"):
+        load_unet(tmp_path / "unet")
+
+
+def test_an_unknown_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    config["class_embed_type"] = "timestep"
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="class_embed_type = 'timestep' is not supported"):
+        load_unet(tmp_path / "unet")
+
+
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_unet(tmp_path / "unet")
+
+
+def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="only pickled weights"):
+        load_unet(tmp_path / "unet")
+
+
+def test_a_missing_model_is_one_line() -> None:
+    with pytest.raises(UserError, match="neither a folder nor the id"):
+        load_stable_diffusion("no/such/folder")
+
+
+def test_the_whole_of_sd21_base_maps() -> None:
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(SD21_BASE_UNET)
+    expected = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    unet = nnx.eval_shape(lambda: UNet(UNetConfig.from_dict(SD21_BASE_UNET), rngs=nnx.Rngs(0)))
+    ours = nnx.to_flat_state(nnx.state(unet, nnx.Param))
+    assert parameter_count(unet) == 865_910_724 == sum(p.numel() for p in theirs.parameters())
+    assert {diffusers_name(path) for path, _ in ours} == expected.keys()
+    for path, leaf in ours:
+        assert sorted(leaf.shape) == sorted(expected[diffusers_name(path)])
+
+
+def test_the_reference_unets_dead_tail_is_24_tensors() -> None:
+    config = UNetConfig.from_dict(SD21_BASE_UNET)
+    unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(unet, nnx.Param))]
+    dead = [name for name in names if name.startswith(dead_tail(config))]
+    assert len(dead) == 24
+    assert sum(name.endswith("attn1.to_q.kernel") for name in names) == 16
+
+
+def test_the_text_encoder_of_sd21_maps() -> None:
+    from transformers import CLIPTextConfig
+
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+    }
+    with torch.device("meta"):
+        theirs = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=49408))
+    config = TextEncoderConfig.from_dict(sizes)
+    ours = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    names = {diffusers_name(path) for path, _ in nnx.to_flat_state(nnx.state(ours, nnx.Param))}
+    expected = {
+        name if name.startswith("text_model.") else f"text_model.{name}"
+        for name, _ in theirs.named_parameters()
+    }
+    assert names == expected
