@@ -1,0 +1,1 @@
+"""Training data: the record format, the augmentation of references, and the input pipeline."""
