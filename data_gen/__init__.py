@@ -1,0 +1,1 @@
+"""Makes BootPIG's training triplets: captions, pictures, masks, records (PyTorch; never jax)."""
