@@ -136,7 +136,9 @@ def pool(
         ValueError: for any other strategy.
     """
     difference = o_refs - o[:, None]
-    norm = jnp.linalg.norm(difference.astype(jnp.float32), axis=-1)
+    square = jnp.sum(jnp.square(difference.astype(jnp.float32)), axis=-1)
+    # A dropped reference can have o_i = o exactly, where the root's derivative is infinite.
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
     match strategy:
         case "softmax":
             weights = jax.nn.softmax(norm, axis=1)

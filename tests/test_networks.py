@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,10 @@ def nchw(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
+def run(function: Callable[..., Any], *arrays: np.ndarray) -> Any:
+    return jax.jit(lambda *xs: function(*xs))(*map(jnp.asarray, arrays))
+
+
 def random(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
@@ -75,7 +81,7 @@ def test_unet_predicts_what_diffusers_predicts(folder: Path, ours: StableDiffusi
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
     latents, text = random(0, 3, 8, 12, 4), random(1, 3, 7, 24)
     t = np.array([0, 421, 999])
-    prediction, features = ours.unet(jnp.asarray(latents), jnp.asarray(t), jnp.asarray(text))
+    prediction, features = run(ours.unet, latents, t, text)
     expected = theirs(nchw(latents), torch.from_numpy(t), torch.from_numpy(text)).sample
     assert relative_error(prediction.transpose(0, 3, 1, 2), expected) <= TOLERANCE
 
@@ -94,7 +100,7 @@ def test_features_are_what_enters_each_self_attention(folder: Path, ours: Stable
     latents, text = random(2, 2, 8, 8, 4), random(3, 2, 7, 24)
     t = np.array([7, 650])
     theirs(nchw(latents), torch.from_numpy(t), torch.from_numpy(text))
-    _, features = ours.unet(jnp.asarray(latents), jnp.asarray(t), jnp.asarray(text))
+    _, features = run(ours.unet, latents, t, text)
     for feature, expected in zip(features, seen, strict=True):
         assert relative_error(feature, expected) <= TOLERANCE
 
@@ -102,11 +108,11 @@ def test_features_are_what_enters_each_self_attention(folder: Path, ours: Stable
 def test_vae_halves_match_diffusers(folder: Path, ours: StableDiffusion) -> None:
     theirs = AutoencoderKL.from_pretrained(folder / "vae")
     images, latents = random(4, 2, 16, 24, 3), random(5, 2, 8, 12, 4)
-    mean, log_variance = ours.vae.encode(jnp.asarray(images))
+    mean, log_variance = run(ours.vae.encode, images)
     moments = theirs.encode(nchw(images)).latent_dist
     assert relative_error(mean.transpose(0, 3, 1, 2), moments.mean) <= TOLERANCE
     assert relative_error(log_variance.transpose(0, 3, 1, 2), moments.logvar) <= TOLERANCE
-    decoded = ours.vae.decode(jnp.asarray(latents))
+    decoded = run(ours.vae.decode, latents)
     assert (
         relative_error(decoded.transpose(0, 3, 1, 2), theirs.decode(nchw(latents)).sample) <= 1e-4
     )
@@ -122,7 +128,7 @@ def test_text_encoder_reads_captions_as_transformers_does(
         captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids
     np.testing.assert_array_equal(ours.tokenizer(captions), ids.numpy())
-    hidden = ours.text_encoder(jnp.asarray(ids.numpy()))
+    hidden = run(ours.text_encoder, ids.numpy())
     assert relative_error(hidden, theirs(ids).last_hidden_state) <= TOLERANCE
 
 
@@ -220,23 +226,31 @@ def test_a_missing_model_is_one_line() -> None:
         load_stable_diffusion("no/such/folder")
 
 
-def test_the_whole_of_sd21_base_maps() -> None:
+@pytest.fixture(scope="module")
+def sd21_base_shapes() -> UNet:
+    config = UNetConfig.from_dict(SD21_BASE_UNET)
+    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+
+
+def test_the_whole_of_sd21_base_maps(sd21_base_shapes: UNet) -> None:
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(SD21_BASE_UNET)
     expected = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
-    unet = nnx.eval_shape(lambda: UNet(UNetConfig.from_dict(SD21_BASE_UNET), rngs=nnx.Rngs(0)))
-    ours = nnx.to_flat_state(nnx.state(unet, nnx.Param))
-    assert parameter_count(unet) == 865_910_724 == sum(p.numel() for p in theirs.parameters())
+    ours = nnx.to_flat_state(nnx.state(sd21_base_shapes, nnx.Param))
+    assert (
+        parameter_count(sd21_base_shapes)
+        == 865_910_724
+        == sum(p.numel() for p in theirs.parameters())
+    )
     assert {diffusers_name(path) for path, _ in ours} == expected.keys()
     for path, leaf in ours:
         assert sorted(leaf.shape) == sorted(expected[diffusers_name(path)])
 
 
-def test_the_reference_unets_dead_tail_is_24_tensors() -> None:
-    config = UNetConfig.from_dict(SD21_BASE_UNET)
-    unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(unet, nnx.Param))]
-    dead = [name for name in names if name.startswith(dead_tail(config))]
+def test_the_reference_unets_dead_tail_is_24_tensors(sd21_base_shapes: UNet) -> None:
+    parameters = nnx.to_flat_state(nnx.state(sd21_base_shapes, nnx.Param))
+    names = [".".join(map(str, path)) for path, _ in parameters]
+    dead = [name for name in names if name.startswith(dead_tail(sd21_base_shapes.config))]
     assert len(dead) == 24
     assert sum(name.endswith("attn1.to_q.kernel") for name in names) == 16
 

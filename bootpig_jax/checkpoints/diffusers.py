@@ -218,6 +218,11 @@ def save_network(
     }
     save_file(tensors, folder / f"{file_name}.safetensors", metadata={"format": "pt"})
     config = {"_class_name": class_name, **dataclasses.asdict(network.config)}
+    if isinstance(network, VAE):
+        # Without them diffusers builds one level only and drops the other weights with a warning.
+        levels = len(network.config.block_out_channels)
+        config["down_block_types"] = ["DownEncoderBlock2D"] * levels
+        config["up_block_types"] = ["UpDecoderBlock2D"] * levels
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
