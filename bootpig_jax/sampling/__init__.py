@@ -1,0 +1,1 @@
+"""From prompts and reference pictures to images."""

@@ -1,0 +1,253 @@
+"""Cutting the subject out of a user's picture: any picture in, a square on white out.
+
+The Reference UNet was trained on cut-outs on white. In training the masks come with the data; here
+the picture has to yield one: from its own alpha channel, by keying where the border is of nearly
+one colour, or with GrabCut. No weights are needed for any of them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+from PIL import Image, ImageOps
+
+from bootpig_jax.errors import UserError
+
+Segmenter = Literal["auto", "alpha", "keying", "grabcut", "none"]
+SEGMENTERS: tuple[str, ...] = get_args(Segmenter)
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 64_000_000  # beyond this a small file can fill the memory when decoded
+MIN_SIDE = 8
+
+# Keying: how far (largest channel difference, of 255) a background pixel may be from the border's
+# colour, and how much of the border has to be that near.
+KEYING_TOLERANCE = 20
+KEYING_BORDER = 0.8
+# GrabCut starts from the assumption that this part of each side is background.
+GRABCUT_BORDER = 0.04
+GRABCUT_SIDE = 512
+MARGIN = 0.05  # white around the cut-out, as a part of its longer side
+WHITE = 255
+
+
+def open_reference(path: str | Path) -> Image.Image:
+    """Opens and decodes a picture file.
+
+    Raises:
+        UserError: it is missing, too large, damaged, or of another format than `FORMATS`.
+    """
+    try:
+        image = Image.open(path, formats=FORMATS)
+        check_size(image, str(path))
+        image.load()
+    except FileNotFoundError:
+        raise UserError(f"reference {path}: no such file") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"reference {path}: {_too_large()}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"reference {path}: cannot be read ({reason}); use one of {', '.join(FORMATS)}"
+        ) from None
+    return image
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Refuses a picture by its header, before it is decoded.
+
+    Raises:
+        UserError: a side is too short, or there are too many pixels.
+    """
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise UserError(f"reference {name}: {width}x{height} is too small; {MIN_SIDE} is the least")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"reference {name}: {_too_large()}")
+
+
+def prepare_reference(
+    image: Image.Image, height: int, width: int, segmenter: Segmenter = "auto", name: str = "image"
+) -> Float32[np.ndarray, "h w 3"]:
+    """The cut-out subject on white, as the Reference UNet wants it.
+
+    EXIF rotation is applied, every colour mode becomes RGB, alpha is composited on white. Then the
+    subject is cut out, cropped, set with a margin on a white canvas of the model's shape, and
+    resized. With `none` the picture is taken to be a cut-out on white already: only resized, white
+    added where its shape is not the model's.
+
+    Args:
+        image: any picture.
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        segmenter: `alpha`, `keying`, `grabcut`, `none`, or `auto`: the first of `alpha`, `keying`
+            and `grabcut` that the picture is fit for.
+        name: what an error calls the picture.
+
+    Returns:
+        The picture in [-1, 1].
+
+    Raises:
+        UserError: too small, too large, no alpha where it is asked for, or no subject found.
+    """
+    check_size(image, name)
+    rgb, alpha = to_rgb(image)
+    if segmenter != "none":
+        mask = find_mask(rgb, alpha, segmenter, name)
+        rgb = crop(np.where(mask[..., None], rgb, WHITE).astype(np.uint8), mask)
+    return fit(rgb, height, width).astype(np.float32) / 127.5 - 1
+
+
+def to_rgb(
+    image: Image.Image,
+) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"] | None]:
+    """Upright RGB pixels on white, and the alpha channel if the picture has one."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16 bits: PIL's own conversion would saturate.
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB")), None
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, (WHITE, WHITE, WHITE, 255))
+    on_white = Image.alpha_composite(canvas, rgba).convert("RGB")
+    return np.asarray(on_white), np.asarray(rgba.getchannel("A"))
+
+
+def find_mask(
+    rgb: UInt8[np.ndarray, "h w 3"],
+    alpha: UInt8[np.ndarray, "h w"] | None,
+    segmenter: Segmenter,
+    name: str = "image",
+) -> Bool[np.ndarray, "h w"]:
+    """Where the subject is.
+
+    Args:
+        rgb: the picture on white.
+        alpha: its alpha channel, if it has one.
+        segmenter: any but `none`; see `prepare_reference`.
+        name: what an error calls the picture.
+
+    Raises:
+        UserError: `alpha` is asked for and missing, or nothing is found.
+    """
+    # A channel that is opaque everywhere says nothing about the subject.
+    transparent = alpha is not None and bool((alpha < 128).any())
+    if segmenter == "auto":
+        if transparent:
+            segmenter = "alpha"
+        else:
+            segmenter = "keying" if has_plain_border(rgb) else "grabcut"
+    match segmenter:
+        case "alpha":
+            if not transparent or alpha is None:
+                raise UserError(f"reference {name}: has no transparency; use another segmenter")
+            mask = alpha > 0
+        case "keying":
+            mask = keying(rgb)
+        case _:
+            mask = grabcut(rgb)
+    if not mask.any():
+        raise UserError(
+            f"reference {name}: {segmenter} finds no subject; "
+            "cut it out on white yourself and use the segmenter none"
+        )
+    return mask
+
+
+def has_plain_border(rgb: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """Whether nearly all of the border is of nearly one colour, so that keying can work."""
+    near = _distance(rgb, _border_colour(rgb)) <= KEYING_TOLERANCE
+    return bool(_border(near).mean() >= KEYING_BORDER)
+
+
+def keying(rgb: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
+    """Everything but the regions of the border's colour that touch the border.
+
+    A part of the subject that has the background's colour stays, if it is enclosed.
+    """
+    near = _distance(rgb, _border_colour(rgb)) <= KEYING_TOLERANCE
+    _, regions = cv2.connectedComponents(near.astype(np.uint8), connectivity=4)
+    outside = np.unique(_border(regions)[_border(near)])
+    return ~np.isin(regions, outside) | ~near
+
+
+def grabcut(rgb: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
+    """GrabCut's foreground, from a rectangle a little inside the picture; its largest region."""
+    height, width = rgb.shape[:2]
+    scale = min(1.0, GRABCUT_SIDE / max(height, width))
+    size = (max(MIN_SIDE, round(width * scale)), max(MIN_SIDE, round(height * scale)))
+    small = cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    x, y = (max(1, round(GRABCUT_BORDER * side)) for side in size)
+    labels = np.zeros((size[1], size[0]), np.uint8)
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.setRNGSeed(0)  # its clustering draws random numbers
+    try:
+        rectangle = (x, y, size[0] - 2 * x, size[1] - 2 * y)
+        cv2.grabCut(small, labels, rectangle, *models, 5, cv2.GC_INIT_WITH_RECT)
+    except cv2.error:  # fewer colours than its mixture has components
+        return np.zeros((height, width), bool)
+    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+    count, regions, statistics, _ = cv2.connectedComponentsWithStats(found)
+    if count == 1:
+        return np.zeros((height, width), bool)
+    largest = 1 + int(statistics[1:, cv2.CC_STAT_AREA].argmax())
+    mask = (regions == largest).astype(np.uint8)
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def crop(
+    rgb: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """The mask's bounding box, with a white margin around it."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = rgb[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    margin = round(MARGIN * max(box.shape[:2]))
+    return np.pad(box, ((margin, margin), (margin, margin), (0, 0)), constant_values=WHITE)
+
+
+def fit(
+    rgb: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """Resizes to `height` x `width`, centred on white where the shapes differ; never distorts."""
+    scale = min(height / rgb.shape[0], width / rgb.shape[1])
+    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
+    resized = Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (width, height), (WHITE, WHITE, WHITE))
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    return np.asarray(canvas)
+
+
+def prepare_references(
+    images: Sequence[Image.Image], height: int, width: int, segmenter: Segmenter = "auto"
+) -> Float32[np.ndarray, "k h w 3"]:
+    """`prepare_reference` for each picture; an error counts them from 1."""
+    return np.stack(
+        [
+            prepare_reference(image, height, width, segmenter, name=str(number))
+            for number, image in enumerate(images, start=1)
+        ]
+    )
+
+
+def _too_large() -> str:
+    return f"more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller"
+
+
+def _border(values: np.ndarray) -> np.ndarray:
+    """The outermost pixels, as a list."""
+    return np.concatenate([values[0], values[-1], values[1:-1, 0], values[1:-1, -1]])
+
+
+def _border_colour(rgb: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "3"]:
+    return np.median(_border(rgb), axis=0)
+
+
+def _distance(
+    rgb: UInt8[np.ndarray, "h w 3"], colour: Float[np.ndarray, "3"]
+) -> Float[np.ndarray, "h w"]:
+    return np.abs(rgb.astype(np.float64) - colour).max(axis=-1)
