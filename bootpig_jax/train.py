@@ -1,0 +1,202 @@
+"""Trains BootPIG: `python -m bootpig_jax.train --config configs/toyland.yaml [key=value ...]`.
+
+Writes to `output_dir`:
+
+    config.yaml                the configuration that took effect
+    checkpoints/               to resume from
+    tensorboard/               scalars and sample grids
+    base_unet/ ref_unet/       the result in diffusers' layout, as safetensors
+    bootpig.json               how the result wants its references; `BootPIGPipeline` reads it
+"""
+
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from bootpig_jax.bootpig import BootPIG
+from bootpig_jax.checkpoints.diffusers import (
+    StableDiffusion,
+    find_model,
+    load_stable_diffusion,
+    load_unet,
+    save_unet,
+)
+from bootpig_jax.config import TrainConfig
+from bootpig_jax.data.pipeline import dataset_fingerprint, first_examples, make_loader
+from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.sampling.conditioning import Conditioning
+from bootpig_jax.training.checkpointing import Checkpoints
+from bootpig_jax.training.loop import make_draw_grid, run_steps, to_pictures
+from bootpig_jax.training.metrics import MetricLogger
+from bootpig_jax.training.optimizer import make_optimizer
+from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
+from bootpig_jax.training.step import (
+    TrainState,
+    init_state,
+    make_train_step,
+    merge_parameters,
+    split_parameters,
+    take_apart,
+)
+from bootpig_jax.yaml_config import dump_config, parse_command_line
+
+
+def train(config: TrainConfig) -> None:
+    """Trains, or goes on training, as the configuration says, and exports the result.
+
+    Raises:
+      UserError: before anything is written, if the run cannot work.
+    """
+    # 1. What can be checked without the model.
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulation, mesh)
+    fingerprint = dataset_fingerprint(config.data.dir, config.data.split)
+    checkpoints = Checkpoints(config, fingerprint)
+
+    # 2. The model: what is trained in float32, what is frozen in the compute precision.
+    dtype = compute_dtype(config)
+    model = load_stable_diffusion(config.model.base, dtype=dtype)
+    check_image_size(config.data.image_size, model)
+    conditioning = Conditioning(
+        reference_timestep=config.reference_timestep,
+        reference_key_scale=config.reference_key_scale,
+        reference_caption=config.reference_caption,
+    )
+    graphs, trainable, frozen = take_apart(
+        model, BootPIG.from_unet(model.unet), config.trainable, dtype
+    )
+    tokenizer = model.tokenizer
+    del model  # Its float32 arrays would stay in memory beside the frozen ones.
+
+    # 3. On the devices.
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    min_size = config.mesh.fsdp_min_size
+    frozen = place(frozen, partition_specs(frozen, mesh, min_size), mesh)
+    state = init_state(trainable, optimizer, mesh, min_size)
+    del trainable
+    train_step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
+
+    # 4. The data.
+    loader = make_loader(
+        config.data.dir,
+        split=config.data.split,
+        batch_size=config.batch_size // jax.process_count(),
+        image_size=config.data.image_size,
+        augmentation=config.data.augmentation,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.threads,
+    )
+    # Read also where no grid is wanted: a dataset that does not fit is found before training.
+    examples = first_examples(
+        config.data.dir,
+        split=config.data.split,
+        count=config.logging.grid_references,
+        image_size=config.data.image_size,
+    )
+    draw_grid = None
+    if config.logging.grid_every:
+        draw_grid = make_draw_grid(
+            graphs, frozen, tokenizer, examples, conditioning, config.logging
+        )
+
+    # 5. Resume, then train.
+    first = jax.process_index() == 0
+    with checkpoints:
+        if checkpoints.latest is not None:
+            state = checkpoints.restore(state, loader)
+            say(f"going on from step {checkpoints.latest} in {config.output_dir}")
+        if first:
+            (config.output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        with MetricLogger(
+            config.output_dir / "tensorboard",
+            steps=config.steps,
+            first_step=int(state.step),
+            batch_size=config.batch_size,
+            every=config.logging.every,
+            active=first,
+        ) as logger:
+            state, complete = run_steps(
+                train_step,
+                state,
+                frozen,
+                loader,
+                lambda batch: to_pictures(batch, tokenizer, conditioning),
+                config=config,
+                mesh=mesh,
+                checkpoints=checkpoints,
+                logger=logger,
+                draw_grid=draw_grid,
+            )
+    if not complete:
+        say(f"stopped at step {int(state.step)}, saved; the same command goes on from here")
+        return
+
+    # 6. The result.
+    export(config, state, mesh, conditioning)
+    say(f"exported to {config.output_dir}")
+
+
+def check_image_size(image_size: int, model: StableDiffusion) -> None:
+    """Checks that the VAE and then the UNet can halve a picture as often as they do.
+
+    Raises:
+      UserError: they cannot.
+    """
+    multiple = model.vae.config.downsampling * model.unet.config.downsampling
+    if image_size % multiple:
+        raise UserError(
+            f"data.image_size: {image_size} does not fit the model: use a multiple of {multiple}"
+        )
+
+
+def compute_dtype(config: TrainConfig) -> jnp.dtype:
+    """Returns the precision of the computation."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Conditioning) -> None:
+    """Writes both UNets in diffusers' layout, and `bootpig.json`.
+
+    What was not trained is read from the base checkpoint again: in memory it may be rounded to
+    bfloat16.
+    """
+    trained = place(state.trainable, jax.tree.map(lambda _: P(), state.trainable), mesh)
+    if jax.process_index() == 0:
+        unet = load_unet(find_model(config.model.base) / "unet")
+        graph, parameters, _ = split_parameters(BootPIG.from_unet(unet), lambda path: True)
+        bootpig: BootPIG = merge_parameters(graph, parameters | trained)
+        precision = np.dtype(config.export_precision)
+        save_unet(config.output_dir / "base_unet", bootpig.base, precision)
+        save_unet(config.output_dir / "ref_unet", bootpig.reference, precision)
+        conditioning.write(config.output_dir)
+
+
+def say(message: str) -> None:
+    """Prints a line on standard error, from the first process only."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = parse_command_line(
+        TrainConfig,
+        argv,
+        prog="python -m bootpig_jax.train",
+        description="Trains BootPIG on a dataset that data_gen made.",
+    )
+    train(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)

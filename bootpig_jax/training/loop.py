@@ -1,0 +1,215 @@
+"""The loop around the step: batches in, metrics, sample grids and checkpoints out.
+
+The loop never waits for the device between two readings of the metrics: a step is dispatched, and
+while it runs the next batch is fetched, tokenised and sent.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from bootpig_jax.bootpig import BootPIG
+from bootpig_jax.checkpoints.tokenizer import Tokenizer
+from bootpig_jax.config import LoggingConfig, TrainConfig
+from bootpig_jax.data import pipeline
+from bootpig_jax.diffusion.solvers import make_solver
+from bootpig_jax.sampling.conditioning import Conditioning
+from bootpig_jax.sampling.denoise import denoise_with_references
+from bootpig_jax.training.checkpointing import Checkpoints
+from bootpig_jax.training.metrics import MetricLogger, picture_grid
+from bootpig_jax.training.sharding import place_batch
+from bootpig_jax.training.step import (
+    Batch,
+    Frozen,
+    Graphs,
+    Metrics,
+    Pictures,
+    TrainState,
+    encode,
+    merge_parameters,
+)
+
+TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+DrawGrid = Callable[[TrainState], UInt8[np.ndarray, "H W 3"]]
+
+
+def to_pictures(
+    batch: pipeline.Batch, tokenizer: Tokenizer, conditioning: Conditioning
+) -> Pictures:
+    """Turns what the data pipeline yields into what the step takes: captions into token ids."""
+    captions = [str(caption) for caption in batch["caption"]]
+    match conditioning.reference_caption:
+        case "target":
+            reference_caption = None
+        case "first_clause":
+            reference_caption = tokenizer([conditioning.caption(caption) for caption in captions])
+        case "object":
+            reference_caption = tokenizer([str(words) for words in batch["object"]])
+    return Pictures(
+        target=batch["target"],
+        reference=batch["reference"],
+        caption=tokenizer(captions),
+        reference_caption=reference_caption,
+    )
+
+
+def run_steps(
+    train_step: TrainStep,
+    state: TrainState,
+    frozen: Frozen,
+    loader: grain.DatasetIterator,
+    prepare: Callable[[pipeline.Batch], Batch],
+    *,
+    config: TrainConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    logger: MetricLogger,
+    draw_grid: DrawGrid | None = None,
+) -> tuple[TrainState, bool]:
+    """Trains until `config.steps` updates are made or the process is asked to end.
+
+    Args:
+      train_step: what `make_train_step` returns; it donates the state.
+      state: where to start; do not use it afterwards.
+      frozen: what the step reads.
+      loader: this process's batches, at the position that belongs to `state`.
+      prepare: turns a batch of the loader into one for the step.
+      config: of the run.
+      mesh: the devices.
+      checkpoints: open.
+      logger: open.
+      draw_grid: draws samples of a state, every `config.logging.grid_every` updates.
+
+    Returns:
+      The state, saved, and whether the run is complete.
+    """
+    step = int(state.step)
+    with stop_on_sigterm() as stopping:
+        while step < config.steps and not stopping.is_set():
+            before = time.perf_counter()
+            batch = prepare(next(loader))
+            waited = time.perf_counter() - before
+            state, metrics = train_step(state, frozen, place_batch(batch, mesh))
+            step += 1
+            logger.update(step, metrics, waited)
+            if step % config.checkpoint.every == 0:
+                checkpoints.save(state, loader)
+            grid_every = config.logging.grid_every
+            if draw_grid is not None and grid_every and step % grid_every == 0:
+                logger.image(step, "samples", draw_grid(state))
+        checkpoints.save(state, loader)
+    return state, step >= config.steps
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """Turns SIGTERM, which schedulers send before they kill, into an event for the loop."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Python handles signals in the main thread only.
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def make_draw_grid(
+    graphs: Graphs,
+    frozen: Frozen,
+    tokenizer: Tokenizer,
+    examples: pipeline.Batch,
+    conditioning: Conditioning,
+    logging: LoggingConfig,
+) -> DrawGrid:
+    """Prepares the sample grid: a row for each example, its reference and then its prompts drawn.
+
+    Everything but the trained weights is fixed: references, prompts, initial latents and noise.
+
+    Args:
+      graphs: the networks.
+      frozen: their frozen parameters.
+      tokenizer: for the prompts.
+      examples: the references, with their captions and objects.
+      conditioning: how the Reference UNet is used.
+      logging: the prompts, the number of solver steps and the guidance.
+    """
+    vae = merge_parameters(graphs.vae, frozen.vae)
+    text_encoder = merge_parameters(graphs.text_encoder, frozen.text_encoder)
+    captions = [str(caption) for caption in examples["caption"]]
+    objects = [str(words) for words in examples["object"]]
+    # One row for each example: its prompts.
+    prompts = [
+        [prompt.replace("{object}", words) for prompt in logging.grid_prompts] or [caption]
+        for caption, words in zip(captions, objects, strict=True)
+    ]
+    columns = len(prompts[0])
+    flat = [prompt for row in prompts for prompt in row]
+    reference_captions = (
+        objects
+        if conditioning.reference_caption == "object"
+        else [conditioning.caption(caption) for caption in captions]
+    )
+    encoded = jax.jit(encode)(
+        vae,
+        text_encoder,
+        Pictures(
+            target=examples["reference"],
+            reference=examples["reference"],
+            caption=tokenizer(reference_captions),
+            reference_caption=None,
+        ),
+    )
+    text = jax.jit(lambda encoder, ids: encoder(ids))(text_encoder, tokenizer(flat))
+    solver = make_solver("unipc", graphs.schedule, logging.grid_steps)
+    latents = encoded.reference.mean.astype(jnp.float32)[:, None]
+    keys = jax.random.split(jax.random.key(0), 2)
+    initial = jax.random.normal(keys[0], (len(flat), *latents.shape[2:]))
+    noise: Array | None = None
+    if conditioning.reference_timestep == "same":
+        noise = jax.random.normal(keys[1], (len(solver.timesteps), *latents.shape))
+    references = _to_bytes(np.asarray(examples["reference"]))
+    decode = jax.jit(lambda vae, latents: vae.decode_latents(latents))
+
+    def draw_grid(state: TrainState) -> UInt8[np.ndarray, "H W 3"]:
+        bootpig: BootPIG = merge_parameters(graphs.bootpig, state.trainable, frozen.unets)
+        drawn = denoise_with_references(
+            bootpig.base,
+            bootpig.reference,
+            initial.astype(graphs.dtype),
+            text,
+            frozen.empty_text[None],
+            latents.astype(graphs.dtype),
+            encoded.text,
+            None if noise is None else noise.astype(graphs.dtype),
+            solver=solver,
+            schedule=graphs.schedule,
+            image_guidance_scale=logging.image_guidance_scale,
+            guidance_scale=logging.guidance_scale,
+            reference_timestep=conditioning.reference_timestep,
+            reference_key_scale=conditioning.reference_key_scale,
+        )
+        pictures = _to_bytes(np.asarray(decode(vae, drawn.astype(graphs.dtype)), np.float32))
+        rows = pictures.reshape(len(references), columns, *pictures.shape[1:])
+        return picture_grid(
+            [
+                np.concatenate([reference[None], row])
+                for reference, row in zip(references, rows, strict=True)
+            ]
+        )
+
+    return draw_grid
+
+
+def _to_bytes(pictures: np.ndarray) -> np.ndarray:
+    return np.clip(np.round((pictures + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,484 @@
+"""One training step: Eq. 1 with both dropouts, its gradient, and an AdamW update.
+
+For a batch of targets x and references r with captions c, and for each sample
+
+    t ~ U{0 .. T-1}        eps, eps_r ~ N(0, 1)        keep_f ~ B(1 - 0.15)        keep_c ~ B(1 -
+    0.15)
+
+    f    = features of the Reference UNet phi at (r_t, t, c_r),   r_t = alpha_t r + sigma_t eps_r
+    u    = U_theta(x_t, t, f if keep_f, c if keep_c else "")      x_t = alpha_t x + sigma_t eps
+    loss = mean |eps - u|^2                                       (v-prediction: the velocity)
+
+in the latent space of the VAE, whose posterior is sampled, as Stable Diffusion was trained. With
+`reference_timestep: 0` the references stay clean, r_0 = r, and phi is told t = 0.
+
+Every random quantity is an argument (`Draws`), so a step can be replayed against another
+implementation. `encode` (pictures to latents, captions to features; never differentiated) and
+`bootpig_loss` are separate, so a batch may carry `Pictures` or what `encode` made of them earlier.
+
+Parameters are flat dictionaries `{dotted name: array}`. `is_trainable` splits them in two: what is
+trained has float32 masters, optimiser state and a place in the checkpoint; the rest is an input.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from bootpig_jax.bootpig import BootPIG, is_trainable, reference_features
+from bootpig_jax.checkpoints.diffusers import StableDiffusion
+from bootpig_jax.config import TrainableConfig, TrainConfig
+from bootpig_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from bootpig_jax.models.blocks import References
+from bootpig_jax.models.text_encoder import TextEncoder
+from bootpig_jax.models.vae import VAE
+from bootpig_jax.training.optimizer import Parameters, gradient_norms
+from bootpig_jax.training.sharding import (
+    BATCH,
+    gather,
+    named,
+    partition_specs,
+    place,
+    reduce_mean,
+)
+
+Metrics = dict[str, Array]
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+# The fields of the pytrees below are arrays of the given shapes, or under JAX's transformations
+# whatever stands for them: shapes, shardings, partition specs. So their types say only `Array`.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A batch as the data pipeline makes it.
+
+    Attributes:
+        target: [b, H, W, 3] in [-1, 1].
+        reference: [b, H, W, 3] in [-1, 1].
+        caption: [b, l] token ids for the Base UNet.
+        reference_caption: [b, l] token ids for the Reference UNet; None if it reads the same
+        caption.
+    """
+
+    target: Array | np.ndarray
+    reference: Array | np.ndarray
+    caption: Array | np.ndarray
+    reference_caption: Array | np.ndarray | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+    """The Gaussian that the VAE's encoder returns, times the VAE's scaling factor.
+
+    Attributes:
+        mean: [b, h, w, c].
+        std: [b, h, w, c].
+    """
+
+    mean: Array
+    std: Array
+
+    def sample(self, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Returns the scaled latents for standard normal `noise`."""
+        return self.mean + self.std * noise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A batch after the frozen VAE and text encoder.
+
+    Attributes:
+        target: the targets' latents.
+        reference: the references' latents.
+        text: [b, l, e], the captions' features, for the Base UNet.
+        reference_text: [b, l, e] for the Reference UNet; None if it reads the same caption.
+    """
+
+    target: Posterior
+    reference: Posterior
+    text: Array
+    reference_text: Array | None
+
+
+Batch = Pictures | Encoded
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Everything random in a step.
+
+    Attributes:
+        target_posterior: [b, h, w, c] standard normal, for the sample from the VAE's posterior.
+        reference_posterior: likewise, for the references.
+        target_noise: [b, h, w, c], eps of Eq. 1.
+        reference_noise: likewise, for the references.
+        t: [b] int32, timesteps in [0, T).
+        keep_reference: [b], False where the Base UNet sees no reference.
+        keep_caption: [b], False where the Base UNet's caption is empty.
+    """
+
+    target_posterior: Array
+    reference_posterior: Array
+    target_noise: Array
+    reference_noise: Array
+    t: Array
+    keep_reference: Array
+    keep_caption: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What a step reads and never changes.
+
+    Attributes:
+        unets: those parameters of `BootPIG` that are not trained.
+        vae: the autoencoder's parameters.
+        text_encoder: the text encoder's parameters.
+        empty_text: [l, e], the features of the empty caption.
+    """
+
+    unets: Parameters
+    vae: Parameters
+    text_encoder: Parameters
+    empty_text: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes and a checkpoint holds.
+
+    Attributes:
+        step: [], how many updates were made.
+        trainable: the trained parameters of `BootPIG`, float32.
+        optimizer: the state of the optimiser over `trainable`.
+    """
+
+    step: Array
+    trainable: Parameters
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """The networks without their parameters, and the noise schedule."""
+
+    bootpig: nnx.GraphDef
+    vae: nnx.GraphDef
+    text_encoder: nnx.GraphDef
+    schedule: NoiseSchedule
+    dtype: jnp.dtype
+    latent_downsampling: int
+    latent_channels: int
+
+
+def draw(
+    key: PRNGKeyArray,
+    latents: tuple[int, int, int, int],
+    *,
+    num_timesteps: int,
+    reference_dropout: float,
+    reference_dropout_unit: Literal["sample", "batch"],
+    caption_dropout: float,
+) -> Draws:
+    """Draws what a step needs.
+
+    Args:
+      key: of this step alone.
+      latents: the shape of the batch's latents.
+      num_timesteps: T.
+      reference_dropout: how often references are dropped (§3.3).
+      reference_dropout_unit: `batch`: one draw for all samples, as in the release.
+      caption_dropout: how often captions are dropped (Algorithm 1), independently.
+    """
+    key_noise, key_t, key_reference, key_caption = jax.random.split(key, 4)
+    batch = latents[:1]
+    # One draw for all four: a program that compiles faster.
+    noise = jax.random.normal(key_noise, (latents[0], 4, *latents[1:]))
+    unit = () if reference_dropout_unit == "batch" else batch
+    keep_reference = jax.random.bernoulli(key_reference, 1.0 - reference_dropout, unit)
+    return Draws(
+        target_posterior=noise[:, 0],
+        reference_posterior=noise[:, 1],
+        target_noise=noise[:, 2],
+        reference_noise=noise[:, 3],
+        t=jax.random.randint(key_t, batch, 0, num_timesteps),
+        keep_reference=jnp.broadcast_to(keep_reference, batch),
+        keep_caption=jax.random.bernoulli(key_caption, 1.0 - caption_dropout, batch),
+    )
+
+
+def encode(vae: VAE, text_encoder: TextEncoder, pictures: Pictures) -> Encoded:
+    """Applies the frozen VAE encoder and text encoder to a batch."""
+
+    def posterior(images: Array | np.ndarray) -> Posterior:
+        mean, log_variance = vae.encode(jnp.asarray(images))
+        scale = vae.config.scaling_factor
+        return Posterior(scale * mean, scale * jnp.exp(0.5 * log_variance))
+
+    reference_text = None
+    if pictures.reference_caption is not None:
+        reference_text = text_encoder(jnp.asarray(pictures.reference_caption))
+    return Encoded(
+        target=posterior(pictures.target),
+        reference=posterior(pictures.reference),
+        text=text_encoder(jnp.asarray(pictures.caption)),
+        reference_text=reference_text,
+    )
+
+
+def bootpig_loss(
+    bootpig: BootPIG,
+    encoded: Encoded,
+    empty_text: Float[Array, "l e"],
+    draws: Draws,
+    schedule: NoiseSchedule,
+    *,
+    reference_timestep: Literal["same", 0] = "same",
+    reference_key_scale: float = 1.0,
+    dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, " b"]:
+    """Returns each sample's loss: Eq. 1 with the dropouts of §3.3 and Algorithm 1.
+
+    Args:
+      bootpig: both UNets.
+      encoded: the batch.
+      empty_text: the features of the empty caption.
+      draws: everything random.
+      schedule: the base checkpoint's noise schedule; it says what is predicted.
+      reference_timestep: `same`: references are noised to the target's t. 0: they stay clean.
+      reference_key_scale: factor on the reference tokens that feed the keys.
+      dtype: of the UNets' inputs. The loss is computed in float32.
+    """
+    target = encoded.target.sample(draws.target_posterior)
+    reference = encoded.reference.sample(draws.reference_posterior)
+    if reference_timestep == "same":
+        t_reference = draws.t
+        reference = add_noise(schedule, reference, draws.reference_noise, t_reference)
+    else:
+        t_reference = jnp.zeros_like(draws.t)
+
+    reference_text = encoded.text if encoded.reference_text is None else encoded.reference_text
+    features = reference_features(
+        bootpig.reference,
+        reference[:, None].astype(dtype),
+        t_reference,
+        reference_text.astype(dtype),
+    )
+    text = jnp.where(draws.keep_caption[:, None, None], encoded.text, empty_text)
+    noised = add_noise(schedule, target, draws.target_noise, draws.t)
+    prediction, _ = bootpig.base(
+        noised.astype(dtype),
+        draws.t,
+        text.astype(dtype),
+        References(features, keep=draws.keep_reference, key_scale=reference_key_scale),
+    )
+    truth = training_target(schedule, target, draws.target_noise, draws.t)
+    error = prediction.astype(jnp.float32) - truth
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def split_parameters(
+    module: nnx.Module, selected: Callable[[tuple[Any, ...]], bool]
+) -> tuple[nnx.GraphDef, Parameters, Parameters]:
+    """Splits a module into its graph, the parameters that `selected` picks, and the rest."""
+    graph, state = nnx.split(module)
+    picked: Parameters = {}
+    rest: Parameters = {}
+    for path, variable in nnx.to_flat_state(state):
+        (picked if selected(path) else rest)[".".join(map(str, path))] = variable[...]
+    return graph, picked, rest
+
+
+def merge_parameters(graph: nnx.GraphDef, *parameters: Parameters) -> Any:
+    """Puts a module together again: the inverse of `split_parameters`."""
+    flat: dict[tuple[Any, ...], Any] = {
+        tuple(int(part) if part.isdigit() else part for part in name.split(".")): nnx.Param(array)
+        for group in parameters
+        for name, array in group.items()
+    }
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def take_apart(
+    model: StableDiffusion, bootpig: BootPIG, trainable: TrainableConfig, dtype: jnp.dtype
+) -> tuple[Graphs, Parameters, Frozen]:
+    """Splits the networks into static graphs, trained and frozen parameters.
+
+    Args:
+      model: where the VAE, the text encoder, the tokenizer and the schedule come from.
+      bootpig: the two UNets, which compute in `dtype`.
+      trainable: which parts of them are trained.
+      dtype: the precision of the frozen parameters. Trained ones are float32.
+
+    Returns:
+      The graphs, the trained and the frozen parameters.
+    """
+
+    def selected(path: tuple[str | int, ...]) -> bool:
+        return is_trainable(path, bootpig.base.config, trainable.base, trainable.reference)
+
+    def cast(parameters: Parameters, to: jnp.dtype) -> Parameters:
+        return {name: array.astype(to) for name, array in parameters.items()}
+
+    graph, trained, rest = split_parameters(bootpig, selected)
+    vae_graph, vae, _ = split_parameters(model.vae, lambda path: True)
+    text_graph, text_encoder, _ = split_parameters(model.text_encoder, lambda path: True)
+    graphs = Graphs(
+        bootpig=graph,
+        vae=vae_graph,
+        text_encoder=text_graph,
+        schedule=model.schedule,
+        dtype=dtype,
+        latent_downsampling=model.vae.config.downsampling,
+        latent_channels=model.vae.config.latent_channels,
+    )
+    frozen = Frozen(
+        unets=cast(rest, dtype),
+        vae=cast(vae, dtype),
+        text_encoder=cast(text_encoder, dtype),
+        empty_text=model.text_encoder(jnp.asarray(model.tokenizer([""])))[0].astype(dtype),
+    )
+    return graphs, cast(trained, jnp.float32), frozen
+
+
+def init_state(
+    trainable: Parameters, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp_min_size: int
+) -> TrainState:
+    """Lays the trained parameters and a new optimiser state out on the mesh."""
+
+    def init(trainable: Parameters) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+    trainable = place(trainable, partition_specs(trainable, mesh, fsdp_min_size), mesh)
+    specs = partition_specs(jax.eval_shape(init, trainable), mesh, fsdp_min_size)
+    # Donated, or the copies of the masters would live twice.
+    return jax.jit(init, out_shardings=named(specs, mesh), donate_argnums=0)(trainable)
+
+
+def make_train_step(
+    graphs: Graphs,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: Frozen,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+    """Compiles the step for states and frozen parameters of the given shapes.
+
+    Args:
+      graphs: the networks.
+      optimizer: what `make_optimizer` returns.
+      config: dropouts, accumulation and what the references look like.
+      mesh: the devices.
+      state: a state, or its shapes.
+      frozen: the frozen parameters, or their shapes.
+
+    Returns:
+      `step(state, frozen, batch) -> (state, metrics)`. It donates the state it is given. The
+      metrics are scalars on the device: `loss` (of the batch) and gradient norms before clipping.
+    """
+    state_specs = partition_specs(state, mesh, config.mesh.fsdp_min_size)
+    frozen_specs = partition_specs(frozen, mesh, config.mesh.fsdp_min_size)
+    side = config.data.image_size // graphs.latent_downsampling
+    latents = (config.batch_size, side, side, graphs.latent_channels)
+
+    def loss(trainable: Parameters, frozen: Frozen, batch: Batch, draws: Draws) -> Array:
+        if isinstance(batch, Pictures):
+            batch = jax.lax.stop_gradient(
+                encode(
+                    merge_parameters(graphs.vae, frozen.vae),
+                    merge_parameters(graphs.text_encoder, frozen.text_encoder),
+                    batch,
+                )
+            )
+        losses = bootpig_loss(
+            merge_parameters(graphs.bootpig, trainable, frozen.unets),
+            batch,
+            frozen.empty_text,
+            draws,
+            graphs.schedule,
+            reference_timestep=config.reference_timestep,
+            reference_key_scale=config.reference_key_scale,
+            dtype=graphs.dtype,
+        )
+        return jnp.mean(losses)
+
+    def local_gradients(
+        trainable: Parameters, frozen: Frozen, batch: Batch, draws: Draws
+    ) -> tuple[Array, Parameters]:
+        trainable = gather(trainable, state_specs.trainable)
+        frozen = gather(frozen, frozen_specs)
+        value, gradients = accumulate(
+            lambda part: jax.value_and_grad(loss)(trainable, frozen, *part),
+            (batch, draws),
+            config.accumulation,
+        )
+        return reduce_mean(value, P()), reduce_mean(gradients, state_specs.trainable)
+
+    gradients_of = jax.shard_map(
+        local_gradients,
+        mesh=mesh,
+        in_specs=(state_specs.trainable, frozen_specs, BATCH, BATCH),
+        out_specs=(P(), state_specs.trainable),
+        # Tracking what varies over devices would reduce the gradients in every micro-batch.
+        check_vma=False,
+    )
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        draws = draw(
+            jax.random.fold_in(jax.random.key(config.seed), state.step),
+            latents,
+            num_timesteps=graphs.schedule.num_train_timesteps,
+            reference_dropout=config.reference_dropout,
+            reference_dropout_unit=config.reference_dropout_unit,
+            caption_dropout=config.caption_dropout,
+        )
+        value, gradients = gradients_of(state.trainable, frozen, batch, draws)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": value, **gradient_norms(gradients)}
+        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(named(state_specs, mesh), NamedSharding(mesh, P())),
+    )
+
+
+Tree = TypeVar("Tree")
+
+
+def accumulate(function: Callable[[Any], Tree], batch: Any, parts: int) -> Tree:
+    """Returns the mean of `function` over `parts` equal parts of a batch, one after the other."""
+    if parts == 1:
+        return function(batch)
+    # Sample i goes to part i mod parts, the same on every device.
+    batches = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch
+    )
+    zeros = jax.tree.map(
+        jnp.zeros_like, jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], batches))
+    )
+
+    def add(total: Tree, part: Any) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, zeros, batches)
+    return jax.tree.map(lambda leaf: leaf / parts, total)

@@ -1,0 +1,142 @@
+"""The optimiser against PyTorch's, the mesh and its rules, metrics and grids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec as P
+
+from bootpig_jax.config import MeshConfig, OptimizerConfig
+from bootpig_jax.errors import UserError
+from bootpig_jax.training.metrics import MetricLogger, picture_grid
+from bootpig_jax.training.optimizer import gradient_norms, make_optimizer
+from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs
+
+
+def test_optimizer_equals_torch_with_clipping_over_both_parts():
+    config = OptimizerConfig(lr_reference=3e-3, lr_rsa=7e-4)
+    shapes = {"reference.a.kernel": (3, 4), "reference.b.bias": (5,), "base.c.kernel": (2, 2)}
+    rng = np.random.default_rng(0)
+    start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    tensors = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    groups = [
+        {"params": [t for n, t in tensors.items() if n.startswith(part)], "lr": rate}
+        for part, rate in (("reference", config.lr_reference), ("base", config.lr_rsa))
+    ]
+    expected = torch.optim.AdamW(
+        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    optimizer = make_optimizer(config, 10)
+    parameters = jax.tree.map(jnp.asarray, start)
+    state = jax.jit(optimizer.init)(parameters)
+    update = jax.jit(optimizer.update)
+    for scale in (10.0, 0.05, 1.0):  # clipped, not clipped, clipped
+        gradients = {
+            name: (scale * rng.standard_normal(shape)).astype(np.float32)
+            for name, shape in shapes.items()
+        }
+        for name, tensor in tensors.items():
+            tensor.grad = torch.tensor(gradients[name])
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), config.clip_norm)
+        expected.step()
+        np.testing.assert_allclose(
+            jax.jit(gradient_norms)(gradients)["gradient_norm"], norm, rtol=1e-6
+        )
+        updates, state = update(gradients, state, parameters)
+        parameters = jax.tree.map(np.add, parameters, updates)
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(parameters[name], tensor.detach(), rtol=1e-5, err_msg=name)
+
+
+def test_warm_up_and_cosine_decay():
+    """AdamW's first updates have the size of the learning rate, whatever the gradient."""
+    config = OptimizerConfig(
+        lr_reference=1e-2, warmup_steps=2, schedule="cosine", weight_decay=0.0, betas=(0.0, 0.0)
+    )
+    optimizer = make_optimizer(config, 6)
+    parameters = {"reference.x": jnp.ones(1)}
+    state = optimizer.init(parameters)
+    update = jax.jit(optimizer.update)
+    sizes = []
+    for _ in range(6):
+        updates, state = update({"reference.x": jnp.ones(1)}, state, parameters)
+        sizes.append(-float(updates["reference.x"][0]))
+    decay = 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    np.testing.assert_allclose(sizes, 1e-2 * np.array([0, 0.5, *decay]), rtol=1e-5, atol=1e-9)
+
+
+def test_gradient_norms_by_part():
+    norms = gradient_norms({"reference.x": jnp.array([3.0]), "base.y": jnp.array([4.0])})
+    assert jax.tree.map(float, norms) == {
+        "gradient_norm": 5.0,
+        "gradient_norm_reference": 3.0,
+        "gradient_norm_base": 4.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "shape"), [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (1, -1, (1, 8)), (2, 4, (2, 4))]
+)
+def test_mesh_takes_all_devices(data, fsdp, shape):
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (-1, 3), (16, -1), (3, 3)])
+def test_mesh_that_is_not_the_devices_is_refused(data, fsdp):
+    with pytest.raises(UserError, match=f"mesh: data {data} x fsdp {fsdp}.* 8 devices"):
+        make_mesh(MeshConfig(data=data, fsdp=fsdp))
+
+
+def test_batch_must_divide():
+    mesh = make_mesh(MeshConfig())
+    check_batch(64, 4, mesh)
+    with pytest.raises(UserError, match="batch_size: 20 .* use a multiple of 8"):
+        check_batch(20, 1, mesh)
+    with pytest.raises(UserError, match="use a multiple of 32"):
+        check_batch(16, 4, mesh)
+
+
+def test_rules_split_large_kernels_only():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    shapes = {
+        "a.kernel": (3, 3, 8, 16),
+        "b.kernel": (3, 5),
+        "c.kernel": (8, 8),
+        "d.scale": (1024,),
+        "e.embedding": (64, 8),
+    }
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    assert partition_specs(tree, mesh, fsdp_min_size=15) == {
+        "a.kernel": P(None, None, None, "fsdp"),
+        "b.kernel": P(),  # nothing divides
+        "c.kernel": P(None, "fsdp"),
+        "d.scale": P(),
+        "e.embedding": P("fsdp"),
+    }
+    assert set(partition_specs(tree, mesh, fsdp_min_size=10**6).values()) == {P()}
+    with pytest.raises(ValueError, match="no sharding rule matches x.weight"):
+        partition_specs({"x.weight": tree["a.kernel"]}, mesh, 1)
+
+
+def test_metrics_are_read_in_intervals(tmp_path, monkeypatch):
+    reads = []
+    fetch = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: reads.append(len(tree)) or fetch(tree))
+    with MetricLogger(tmp_path, steps=7, first_step=0, batch_size=4, every=3) as logger:
+        for step in range(1, 8):
+            logger.update(step, {"loss": jnp.float32(step)}, waited=0.0)
+        logger.image(7, "samples", np.zeros((4, 4, 3), np.uint8))
+    assert reads == [3, 3, 1]
+    (events,) = tmp_path.iterdir()
+    assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
+
+
+def test_picture_grid():
+    rows = [np.full((2, 4, 6, 3), value, np.uint8) for value in (10, 20, 30)]
+    grid = picture_grid(rows)
+    assert grid.shape == (3 * 6, 2 * 8, 3)
+    assert (grid[1:5, 1:7] == 10).all() and (grid[13:17, 9:15] == 30).all()
+    assert (grid[0] == 255).all()

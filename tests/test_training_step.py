@@ -1,0 +1,367 @@
+"""The training step: what trains, what the dropouts do, and that no mesh changes the result."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bootpig_jax.bootpig import BootPIG
+from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
+from bootpig_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainableConfig,
+    TrainConfig,
+)
+from bootpig_jax.models.unet import UNet
+from bootpig_jax.training.optimizer import Parameters, make_optimizer, part_of
+from bootpig_jax.training.sharding import make_mesh, partition_specs, place, place_batch
+from bootpig_jax.training.step import (
+    Batch,
+    Draws,
+    Encoded,
+    Frozen,
+    Graphs,
+    Metrics,
+    Pictures,
+    Posterior,
+    TrainState,
+    accumulate,
+    bootpig_loss,
+    draw,
+    encode,
+    init_state,
+    make_train_step,
+    merge_parameters,
+    split_parameters,
+    take_apart,
+)
+from tests.sampling_models import UNET, random_network
+
+BATCH = 16
+LATENTS = (BATCH, 8, 8, 4)
+SMALL = dataclasses.replace(
+    UNET,
+    block_out_channels=(8,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+)
+FLOAT32 = jnp.dtype("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    graphs: Graphs
+    trainable: Parameters
+    frozen: Frozen
+    pictures: Batch
+
+
+@pytest.fixture(scope="module")
+def parts(model_folder: Path) -> Parts:
+    # One resolution: every program of this file is compiled in each run of the tests.
+    unet = random_network(UNet, SMALL, 1)
+    model = dataclasses.replace(load_stable_diffusion(model_folder), unet=unet)
+    bootpig = BootPIG.from_unet(model.unet)
+    graphs, trainable, frozen = take_apart(model, bootpig, TrainableConfig(), FLOAT32)
+    rng = np.random.default_rng(0)
+    pictures = Pictures(
+        target=rng.uniform(-1, 1, (BATCH, 16, 16, 3)).astype(np.float32),
+        reference=rng.uniform(-1, 1, (BATCH, 16, 16, 3)).astype(np.float32),
+        caption=model.tokenizer([f"dog {i}" for i in range(BATCH)]),
+        reference_caption=model.tokenizer([f"cat {i}" for i in range(BATCH)]),
+    )
+    return Parts(graphs, jax.tree.map(np.asarray, trainable), frozen, pictures)
+
+
+def configuration(**changes: Any) -> TrainConfig:
+    fields: dict[str, Any] = {
+        "model": ModelConfig(base="unused"),
+        "data": DataConfig(dir=Path("unused"), image_size=16),
+        "output_dir": Path("unused"),
+        "batch_size": BATCH,
+        "optimizer": OptimizerConfig(lr_reference=1e-3, lr_rsa=2e-3),
+        "mesh": {"fsdp_min_size": 1},
+    }
+    return TrainConfig(**(fields | changes))
+
+
+def run(
+    parts: Parts, config: TrainConfig, steps: int, devices: int
+) -> tuple[TrainState, list[Metrics]]:
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    min_size = config.mesh.fsdp_min_size
+    state = init_state(dict(parts.trainable), optimizer, mesh, min_size)
+    frozen = place(parts.frozen, partition_specs(parts.frozen, mesh, min_size), mesh)
+    step = make_train_step(parts.graphs, optimizer, config, mesh, state, frozen)
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, place_batch(parts.pictures, mesh))
+        history.append(metrics)
+    return jax.device_get((state, history))
+
+
+@pytest.fixture(scope="module")
+def one_device(parts: Parts) -> tuple[TrainState, list[Metrics]]:
+    return run(parts, configuration(), steps=3, devices=1)
+
+
+def adam_moments(state: TrainState, moment: str) -> dict[str, np.ndarray]:
+    """The optimiser's first (`mu`) or second (`nu`) moments by parameter name."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.optimizer)[0]:
+        if any(getattr(key, "name", None) == moment for key in path):
+            found[path[-1].key] = leaf
+    return found
+
+
+def test_trained_changed_and_optimised_are_one_set(parts, one_device):
+    state, _ = one_device
+    names = set(parts.trainable)
+    assert {part_of(name) for name in names} == {"base", "reference"}
+    assert all(".attn1." in name for name in names if part_of(name) == "base")
+    assert set(adam_moments(state, "mu")) == set(adam_moments(state, "nu")) == names
+    # The second moment is a mean of squared gradients: zero only if no step had one.
+    assert {name for name, nu in adam_moments(state, "nu").items() if nu.any()} == names
+    changed = {n for n, before in parts.trainable.items() if (state.trainable[n] != before).any()}
+    assert changed == names
+    assert all(array.dtype == np.float32 for array in state.trainable.values())
+
+
+def all_parameters(parts: Parts) -> Parameters:
+    return {**parts.trainable, **parts.frozen.unets}
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradients(parts: Parts) -> Callable[..., Any]:
+    """(parameters, encoded, draws) -> ((loss, losses), gradients), `same` timestep."""
+
+    def loss(parameters: Parameters, encoded: Encoded, draws: Draws) -> tuple[Any, Any]:
+        losses = bootpig_loss(
+            merge_parameters(parts.graphs.bootpig, parameters),
+            encoded,
+            parts.frozen.empty_text,
+            draws,
+            parts.graphs.schedule,
+        )
+        return losses.mean(), losses
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def random_encoded(seed: int) -> Encoded:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return Encoded(
+        target=Posterior(normal(*LATENTS), np.full(LATENTS, 0.1, np.float32)),
+        reference=Posterior(normal(*LATENTS), np.full(LATENTS, 0.1, np.float32)),
+        text=normal(BATCH, 16, 16),
+        reference_text=normal(BATCH, 16, 16),
+    )
+
+
+def random_draws(**changes: Any) -> Draws:
+    draws = draw(
+        jax.random.key(1),
+        LATENTS,
+        num_timesteps=1000,
+        reference_dropout=0.15,
+        reference_dropout_unit="sample",
+        caption_dropout=0.15,
+    )
+    return dataclasses.replace(draws, **changes)
+
+
+def test_trained_set_is_what_can_get_a_gradient(parts, loss_and_gradients):
+    everything = all_parameters(parts)
+    _, gradients = loss_and_gradients(everything, random_encoded(0), random_draws())
+    reached = {name for name, gradient in gradients.items() if np.any(gradient)}
+    trained = {name for name in parts.trainable if part_of(name) == "reference"}
+    assert {name for name in reached if part_of(name) == "reference"} == trained
+    # All of the Base UNet could be trained; what is not is a choice (Table 2).
+    assert {name for name in reached if part_of(name) == "base"} == {
+        name for name in everything if part_of(name) == "base"
+    }
+
+
+def test_dropouts_take_away_exactly_what_they_name(parts, loss_and_gradients):
+    everything, encoded, other = all_parameters(parts), random_encoded(0), random_encoded(1)
+    half = np.arange(BATCH) < BATCH // 2
+
+    def losses(draws: Draws, **changes: Any) -> np.ndarray:
+        (_, each), _ = loss_and_gradients(
+            everything, dataclasses.replace(encoded, **changes), draws
+        )
+        return np.asarray(each)
+
+    # Without a reference neither its latents nor its caption matter.
+    draws = random_draws(keep_reference=jnp.asarray(half), keep_caption=jnp.ones(BATCH, bool))
+    before = losses(draws)
+    after = losses(draws, reference=other.reference, reference_text=other.reference_text)
+    np.testing.assert_array_equal(before[~half], after[~half])
+    assert (before[half] != after[half]).all()
+    # Without a caption the Base UNet's text does not matter.
+    draws = random_draws(keep_caption=jnp.asarray(half))
+    before, after = losses(draws), losses(draws, text=other.text)
+    np.testing.assert_array_equal(before[~half], after[~half])
+    assert (before[half] != after[half]).all()
+
+
+def test_clean_references_are_not_noised(parts):
+    @jax.jit
+    def losses_of(parameters: Parameters, encoded: Encoded, draws: Draws) -> Any:
+        return bootpig_loss(
+            merge_parameters(parts.graphs.bootpig, parameters),
+            encoded,
+            parts.frozen.empty_text,
+            draws,
+            parts.graphs.schedule,
+            reference_timestep=0,
+        )
+
+    def losses(draws: Draws) -> Any:
+        return losses_of(all_parameters(parts), random_encoded(0), draws)
+
+    draws = random_draws(keep_reference=jnp.ones(BATCH, bool))
+    noise = jnp.zeros(LATENTS)
+    np.testing.assert_array_equal(
+        losses(draws), losses(dataclasses.replace(draws, reference_noise=noise))
+    )
+    assert (losses(draws) != losses(dataclasses.replace(draws, target_noise=noise))).all()
+
+
+@pytest.fixture(scope="module")
+def encoded_parts(parts: Parts) -> Parts:
+    """The same batch as latents and text features, as a cache would hold it."""
+    encoded = jax.jit(encode)(
+        merge_parameters(parts.graphs.vae, parts.frozen.vae),
+        merge_parameters(parts.graphs.text_encoder, parts.frozen.text_encoder),
+        parts.pictures,
+    )
+    return dataclasses.replace(parts, pictures=encoded)
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "accumulation"),
+    [
+        (1, {}, 4),
+        (8, {"data": 4, "fsdp": 2}, 2),
+        pytest.param(8, {"data": 8}, 1, marks=pytest.mark.long),
+        pytest.param(8, {"data": 1, "fsdp": 8}, 1, marks=pytest.mark.long),
+        pytest.param(8, {"data": 2, "fsdp": 4}, 1, marks=pytest.mark.long),
+    ],
+)
+def test_meshes_and_accumulation_change_nothing(
+    encoded_parts, one_device, devices, mesh, accumulation
+):
+    """... and neither does a batch that was encoded before; `one_device` saw the pictures."""
+    config = configuration(accumulation=accumulation, mesh={"fsdp_min_size": 1, **mesh})
+    state, history = run(encoded_parts, config, steps=3, devices=devices)
+    expected_state, expected_history = one_device
+    for metrics, expected in zip(history, expected_history, strict=True):
+        assert metrics.keys() == expected.keys()
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+    for name, expected in adam_moments(expected_state, "mu").items():
+        # Means of gradients. Adam's update itself divides noise by noise where they vanish.
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            adam_moments(state, "mu")[name], expected, atol=1e-4 * scale, err_msg=name
+        )
+
+
+def test_gradients_are_reduced_once(parts):
+    """However many micro-batches: no communication inside the loop over them."""
+    config = configuration(accumulation=2, mesh={"data": 4, "fsdp": 2, "fsdp_min_size": 1})
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = jax.eval_shape(
+        lambda t: TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), parts.trainable
+    )
+    step = make_train_step(parts.graphs, optimizer, config, mesh, state, parts.frozen)
+    jaxpr = step.trace(state, parts.frozen, parts.pictures).jaxpr
+    names = {"psum", "all_gather", "reduce_scatter"}
+    assert names <= primitives(jaxpr, into_scans=True)
+    assert not names & scan_primitives(jaxpr)
+
+
+def sub_jaxprs(equation: Any) -> list[Any]:
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if hasattr(leaf, "eqns")]
+
+
+def primitives(jaxpr: Any, into_scans: bool) -> set[str]:
+    found = set()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        # jax renames variants: psum_invariant, psum2, all_gather_reduced.
+        found.add(equation.primitive.name)
+        for inner in sub_jaxprs(equation):
+            found |= primitives(inner, into_scans)
+    return found
+
+
+def scan_primitives(jaxpr: Any) -> set[str]:
+    found = set()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for inner in sub_jaxprs(equation):
+            if equation.primitive.name == "scan":
+                found |= primitives(inner, into_scans=True)
+            else:
+                found |= scan_primitives(inner)
+    return found
+
+
+def test_accumulate_is_the_mean_over_parts():
+    batch = jnp.arange(12.0).reshape(6, 2)
+    for parts in (1, 2, 3):
+        mean = accumulate(lambda part: {"mean": part.mean(0)}, batch, parts)
+        np.testing.assert_allclose(mean["mean"], batch.mean(0))
+
+
+def test_draws_follow_their_distributions():
+    def many(unit: str, key: int) -> Draws:
+        return draw(
+            jax.random.key(key),
+            (20_000, 1, 1, 1),
+            num_timesteps=10,
+            reference_dropout=0.15,
+            reference_dropout_unit=unit,
+            caption_dropout=0.4,
+        )
+
+    draws = many("sample", 0)
+    assert abs(1 - draws.keep_reference.mean() - 0.15) < 0.01
+    assert abs(1 - draws.keep_caption.mean() - 0.4) < 0.015
+    # Independent of each other.
+    assert abs(draws.keep_caption[draws.keep_reference].mean() - 0.6) < 0.015
+    np.testing.assert_allclose(np.bincount(draws.t, minlength=10) / 20_000, 0.1, atol=0.01)
+    noises = np.stack(
+        [
+            draws.target_posterior,
+            draws.reference_posterior,
+            draws.target_noise,
+            draws.reference_noise,
+        ]
+    ).reshape(4, -1)
+    np.testing.assert_allclose(np.cov(noises), np.eye(4), atol=0.05)
+    together = [many("batch", key).keep_reference for key in range(20)]
+    assert all(keep.all() or not keep.any() for keep in together)
+    assert 0 < sum(bool(keep.any()) for keep in together) < 20
+
+
+def test_split_and_merge_are_inverse(parts):
+    bootpig = merge_parameters(parts.graphs.bootpig, all_parameters(parts))
+    _, picked, rest = split_parameters(bootpig, lambda path: path[0] == "base")
+    assert {part_of(name) for name in picked} == {"base"}
+    assert {part_of(name) for name in rest} == {"reference"}
+    assert picked.keys() | rest.keys() == all_parameters(parts).keys()
