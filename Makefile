@@ -15,8 +15,14 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SOURCES := bootpig_jax data_gen tests
+WEIGHTS := bootpig_jax/toyland/weights
 
-.PHONY: install quickstart test test-long lint typecheck format clean
+# For programs that XLA runs on a CPU: large pages for its large temporary arrays, and the faster
+# of its two ways to run convolutions (1.4 times the training speed on 2 cores).
+quickstart toyland: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart toyland: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
+
+.PHONY: install quickstart toyland test test-long lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -31,6 +37,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m bootpig_jax.toyland.quickstart
+
+# Trains the models that ship with the project from nothing, or goes on doing so.
+toyland: $(INSTALLED)
+	$(BIN)/python -m bootpig_jax.toyland.train_sd --run runs/toyland_sd --output $(WEIGHTS)/sd
+	$(BIN)/python -m data_gen.run --config configs/data_gen_toyland.yaml
+	$(BIN)/python -m bootpig_jax.train --config configs/toyland.yaml
+	mkdir -p $(WEIGHTS)/bootpig
+	cp -r runs/toyland/training/{base_unet,ref_unet,bootpig.json} $(WEIGHTS)/bootpig/
+	$(BIN)/python -m bootpig_jax.toyland.evaluate --cases 256 --output runs/toyland/report.json
 
 test: lint typecheck
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -1,0 +1,269 @@
+"""Draws held-out cases of Toyland and scores them: subject@16 and scene@10.
+
+    python -m bootpig_jax.toyland.evaluate --output runs/evaluation/report.json
+    python -m bootpig_jax.toyland.evaluate --bootpig runs/toyland --cases 256 --output FILE.json
+    python -m bootpig_jax.toyland.evaluate --method text --output FILE.json
+
+Every case has its own caption and its own references; as many as fill a batch are drawn together,
+by one compiled program. Writes the report and, beside it with the ending `.png`, a sheet.
+
+The intervals are bootstrap intervals over cases: they say how far the figure would move with other
+held-out cases, and nothing about other trainings.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import pydantic
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.sampling.conditioning import ReferenceTimestep
+from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
+from bootpig_jax.sampling.pipeline import BootPIGPipeline, SamplingSettings, check_reference_count
+from bootpig_jax.toyland.measures import NUM_CANDIDATES, Case, Scores, make_cases, score
+from bootpig_jax.toyland.render import SIZE
+from bootpig_jax.toyland.world import CATEGORIES, SCENES
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED_MODEL = WEIGHTS / "sd"
+SHIPPED_BOOTPIG = WEIGHTS / "bootpig"
+
+Method = Literal["text", "bootpig"]
+Pictures = UInt8[np.ndarray, "n 64 64 3"]
+
+_RESAMPLES = 10_000
+_SHEET_CASES = 8 * len(CATEGORIES)
+
+
+class Result(pydantic.BaseModel):
+    """How one way of drawing scored.
+
+    Attributes:
+        name: of the way of drawing.
+        cases: how many were drawn.
+        subject_at_16: share of pictures whose subject is nearest to its own reference.
+        subject_interval: its 95 % interval.
+        subject_rank: mean rank of the own reference.
+        scene_at_10: share of pictures whose scene is the caption's.
+        scene_interval: its 95 % interval.
+        seconds: drawing took, compilation included.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    name: str
+    cases: int
+    subject_at_16: float
+    subject_interval: tuple[float, float]
+    subject_rank: float
+    scene_at_10: float
+    scene_interval: tuple[float, float]
+    seconds: float
+
+
+class Report(pydantic.BaseModel):
+    """What is written: how the cases were drawn, and how they scored."""
+
+    model_config = pydantic.ConfigDict(frozen=True)
+
+    settings: SamplingSettings
+    results: tuple[Result, ...]
+
+
+def sampling_settings(
+    *, steps: int, image_guidance_scale: float, guidance_scale: float, seed: int, batch_size: int
+) -> SamplingSettings:
+    """Settings for Toyland's cases, whose references are cut out and of the right size already."""
+    return SamplingSettings(
+        num_inference_steps=steps,
+        image_guidance_scale=image_guidance_scale,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+        segmenter="none",
+        height=SIZE,
+        width=SIZE,
+    )
+
+
+def draw_cases(
+    pipeline: BootPIGPipeline,
+    cases: Sequence[Case],
+    settings: SamplingSettings,
+    method: Method,
+    *,
+    reference_timestep: ReferenceTimestep | None = None,
+) -> Pictures:
+    """Draws each case's caption, with `method` "bootpig" from its references too.
+
+    Args:
+        pipeline: the model.
+        cases: all with the same number of references.
+        settings: from `sampling_settings`.
+        method: "text" draws with the pipeline's Base UNet from the captions alone.
+        reference_timestep: "same" or 0; `None`: as the Reference UNet was trained.
+    """
+    references = [
+        [Image.fromarray(reference.image) for reference in case.references] for case in cases
+    ]
+    images = pipeline.draw(
+        [case.caption for case in cases],
+        references if method == "bootpig" else None,
+        settings,
+        reference_timestep=reference_timestep,
+        progress=True,
+    )
+    return np.stack([np.asarray(image) for image in images])
+
+
+def summarise(name: str, scores: Scores, seconds: float) -> Result:
+    """Adds the intervals to what `measures.score` found."""
+    return Result(
+        name=name,
+        cases=len(scores.ranks),
+        subject_at_16=scores.subject_at_16,
+        subject_interval=bootstrap_interval(scores.ranks == 1),
+        subject_rank=scores.subject_rank,
+        scene_at_10=scores.scene_at_10,
+        scene_interval=bootstrap_interval(scores.scene_correct),
+        seconds=round(seconds, 1),
+    )
+
+
+def bootstrap_interval(correct: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a share.
+
+    Drawing n of n yes/no answers with replacement gives a binomial number of yes, so the resampling
+    is one call.
+    """
+    n = len(correct)
+    shares = np.random.default_rng(0).binomial(n, correct.mean(), _RESAMPLES) / n
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """The results as a table for the terminal; its first row is what chance gives."""
+    width = max(len(name) for name in ("chance", *(result.name for result in results)))
+    lines = [
+        f"{'':{width}}  {'subject@16':>23}  {'mean rank':>9}  {'scene@10':>23}  {'seconds':>7}",
+        f"{'chance':{width}}  {_share(1 / NUM_CANDIDATES)}  {(NUM_CANDIDATES + 1) / 2:9.1f}"
+        f"  {_share(1 / len(SCENES))}",
+    ]
+    lines += [
+        f"{r.name:{width}}  {_share(r.subject_at_16, r.subject_interval)}  {r.subject_rank:9.1f}"
+        f"  {_share(r.scene_at_10, r.scene_interval)}  {r.seconds:7.1f}"
+        for r in results
+    ]
+    return "\n".join(lines)
+
+
+def _share(value: float, interval: tuple[float, float] | None = None) -> str:
+    text = "" if interval is None else f" [{interval[0]:6.1%}, {interval[1]:6.1%}]"
+    return f"{value:6.1%}{text:17}"
+
+
+def case_sheet(cases: Sequence[Case], pictures: Pictures, scores: Scores) -> Image.Image:
+    """A row for each category: pairs of a reference and what was drawn, with the rank it got."""
+    rows = []
+    for category in CATEGORIES:
+        # Cases go round the categories, so the first ones show each category as often.
+        chosen = [i for i, case in enumerate(cases[:_SHEET_CASES]) if case.category == category]
+        if not chosen:
+            continue
+        texts = [
+            f"{cases[i].position} {cases[i].scene}: rank {scores.ranks[i]}, "
+            f"scene {'right' if scores.scene_correct[i] else 'wrong'}"
+            for i in chosen
+        ]
+        cells = [
+            [Image.fromarray(picture)]
+            for i in chosen
+            for picture in (cases[i].references[0].image, pictures[i])
+        ]
+        rows.append(Row(f"{category} - {'; '.join(texts)}", cells))
+    columns = max(len(row.cells) for row in rows)
+    return contact_sheet(rows, ["reference", "drawn"] * (columns // 2))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bootpig_jax.toyland.evaluate",
+        description="Draws and scores held-out cases of Toyland.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="in diffusers' layout")
+    parser.add_argument(
+        "--bootpig", default=str(SHIPPED_BOOTPIG), help="what train exports; none: untrained"
+    )
+    parser.add_argument("--method", choices=get_args(Method), default="bootpig")
+    parser.add_argument("--cases", type=int, default=64, help="how many are drawn")
+    parser.add_argument("--references", type=int, default=1, help="pictures of each subject")
+    parser.add_argument("--reference-timestep", choices=("trained", "same", "0"), default="trained")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--image-guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
+    parser.add_argument("--batch-size", type=int, default=16, help="cases drawn together")
+    parser.add_argument("--output", type=Path, required=True, help="the report, a .json file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Raises:
+        UserError: an argument is wrong; nothing has been drawn then.
+    """
+    options = parse_arguments(argv)
+    settings = sampling_settings(
+        steps=options.steps,
+        image_guidance_scale=options.image_guidance,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    check_reference_count(options.references)
+    if options.output.suffix != ".json":
+        raise UserError(f"output: must be a .json file, not {options.output}")
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: cannot create its folder: {error.strerror}") from None
+    timesteps: dict[str, ReferenceTimestep | None] = {"trained": None, "same": "same", "0": 0}
+
+    cases = make_cases(options.seed, options.cases, options.references)
+    text_alone = options.method == "text"
+    bootpig = None if text_alone or options.bootpig == "none" else options.bootpig
+    pipeline = BootPIGPipeline.from_pretrained(options.model, bootpig)
+    print("the first batch compiles the program", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    pictures = draw_cases(
+        pipeline,
+        cases,
+        settings,
+        options.method,
+        reference_timestep=timesteps[options.reference_timestep],
+    )
+    seconds = time.monotonic() - started
+    scores = score(pictures, cases)
+
+    name = "text alone" if text_alone else str(bootpig or "untrained")
+    report = Report(settings=settings, results=(summarise(name, scores, seconds),))
+    options.output.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sheet = options.output.with_suffix(".png")
+    case_sheet(cases, pictures, scores).save(sheet)
+    print(format_table(report.results))
+    print(f"{options.output}\n{sheet}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
