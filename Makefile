@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	# torch goes first and alone, so that nothing else's requirements choose its build.
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[data_gen,eval,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[data-gen,eval,dev]'
 	touch $(INSTALLED)
 
 quickstart: $(INSTALLED)
