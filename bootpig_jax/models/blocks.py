@@ -197,7 +197,7 @@ class Attention(nnx.Module):
         )
 
     def _split_heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
 
 class FeedForward(nnx.Module):

@@ -336,6 +336,7 @@ def take_apart(
     def cast(parameters: Parameters, to: jnp.dtype) -> Parameters:
         return {name: array.astype(to) for name, array in parameters.items()}
 
+    features = jax.jit(lambda encoder, ids: encoder(ids))
     graph, trained, rest = split_parameters(bootpig, selected)
     vae_graph, vae, _ = split_parameters(model.vae, lambda path: True)
     text_graph, text_encoder, _ = split_parameters(model.text_encoder, lambda path: True)
@@ -352,7 +353,7 @@ def take_apart(
         unets=cast(rest, dtype),
         vae=cast(vae, dtype),
         text_encoder=cast(text_encoder, dtype),
-        empty_text=model.text_encoder(jnp.asarray(model.tokenizer([""])))[0].astype(dtype),
+        empty_text=features(model.text_encoder, model.tokenizer([""]))[0].astype(dtype),
     )
     return graphs, cast(trained, jnp.float32), frozen
 
