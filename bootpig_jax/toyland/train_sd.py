@@ -44,6 +44,7 @@ KL_WEIGHT = 1e-5
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.9995
 SAVE_EVERY = 500  # steps
+VAE_BATCH_SIZE, UNET_BATCH_SIZE = 16, 32
 
 State = dict[str, Any]
 
@@ -54,18 +55,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="checkpoints, resumed if present")
     parser.add_argument("--output", type=Path, required=True, help="where the model is written")
     parser.add_argument("--pictures", type=int, default=40_000, help="how many are rendered")
-    parser.add_argument("--vae-steps", type=int, default=4_000)
-    parser.add_argument("--unet-steps", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--vae-steps", type=int, default=2_500)
+    parser.add_argument("--unet-steps", type=int, default=4_500)
     parser.add_argument("--stage", choices=("vae", "unet", "all"), default="all")
     arguments = parser.parse_args()
 
     pictures, captions = render_pictures(arguments.pictures)
     args = (arguments.run, arguments.output, pictures)
     if arguments.stage in ("vae", "all"):
-        train_vae(*args, steps=arguments.vae_steps, batch_size=arguments.batch_size)
+        train_vae(*args, steps=arguments.vae_steps)
     if arguments.stage in ("unet", "all"):
-        train_unet(*args, captions, steps=arguments.unet_steps, batch_size=arguments.batch_size)
+        train_unet(*args, captions, steps=arguments.unet_steps)
 
 
 def render_pictures(count: int) -> tuple[UInt8[np.ndarray, "n 64 64 3"], list[str]]:
@@ -89,7 +89,6 @@ def train_vae(
     pictures: UInt8[np.ndarray, "n 64 64 3"],
     *,
     steps: int,
-    batch_size: int,
 ) -> None:
     """Trains the autoencoder on the error of the picture, and writes it with its scaling factor."""
     vae = VAE(sd_config.VAE_SIZES, rngs=nnx.Rngs(SEED))
@@ -112,7 +111,7 @@ def train_vae(
         run / "vae",
         params,
         loss_fn,
-        _batches(len(pictures), batch_size, lambda i: pictures[i]),
+        _batches(len(pictures), VAE_BATCH_SIZE, lambda i: pictures[i]),
         steps=steps,
         learning_rate=2e-3,
     )
@@ -130,7 +129,6 @@ def train_unet(
     captions: list[str],
     *,
     steps: int,
-    batch_size: int,
 ) -> None:
     """Trains the UNet and the text encoder together on Eq. 1, and writes both."""
     sd_config.write_small_files(output)
@@ -169,7 +167,7 @@ def train_unet(
         run / "unet",
         params,
         loss_fn,
-        _batches(len(pictures), batch_size, lambda i: (moments[0][i], moments[1][i], ids[i])),
+        _batches(len(pictures), UNET_BATCH_SIZE, lambda i: (moments[0][i], moments[1][i], ids[i])),
         steps=steps,
         learning_rate=1.5e-3,
     )
