@@ -19,6 +19,8 @@ from typing import NoReturn
 from PIL import Image
 
 from bootpig_jax.attention import STRATEGIES
+from bootpig_jax.checkpoints.diffusers import find_model
+from bootpig_jax.checkpoints.tokenizer import load_tokenizer, tokenize_with_warnings
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.pipeline import (
@@ -62,6 +64,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--height", type=int, help="in pixels; the model's own by default")
     parser.add_argument("--width", type=int, help="in pixels; the model's own by default")
     parser.add_argument(
+        "--allow-pickle", action="store_true", help="open .bin weights too; only tensors are read"
+    )
+    parser.add_argument(
         "--strict", action="store_true", help="a prompt that is too long is an error"
     )
     return parser.parse_args(arguments)
@@ -97,8 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         references = [open_reference(path) for path in options.references]
 
     with new_folder(options.output) as folder, _warnings_as_lines():
-        _say(f"loading {options.model}")
-        pipeline = BootPIGPipeline.from_pretrained(options.model, options.bootpig)
+        model = find_model(options.model, allow_pickle=options.allow_pickle)
+        if options.strict:
+            tokenize_with_warnings(load_tokenizer(model / "tokenizer"), prompts, strict=True)
+        _say(f"loading {model}")
+        pipeline = BootPIGPipeline.from_pretrained(
+            model, options.bootpig, allow_pickle=options.allow_pickle
+        )
         _say("drawing; the first batch compiles the program")
         images = pipeline.draw(prompts, references, settings, progress=True)
         rows = []

@@ -219,6 +219,41 @@ def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(UserError, match="only pickled weights"):
         load_unet(tmp_path / "unet")
+    with pytest.raises(UserError, match="cannot be read as a table of tensors"):
+        load_unet(tmp_path / "unet", allow_pickle=True)
+
+
+def test_pickled_weights_are_opened_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(file).items()}
+    torch.save(tensors, file.with_suffix(".bin"))
+    file.unlink()
+    loaded, expected = (
+        nnx.state(load_unet(path, allow_pickle=True))
+        for path in (tmp_path / "unet", folder / "unet")
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+class WritesAFile:
+    """What a hostile pickle holds: a call that is made while it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_runs_no_code_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    torch.save({"conv_in.weight": WritesAFile(tmp_path / "run")}, file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="cannot be read as a table of tensors"):
+        load_unet(tmp_path / "unet", allow_pickle=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_model_is_one_line() -> None:

@@ -61,6 +61,7 @@ def test_writes_pictures_and_a_sheet(
     assert "drawing: 100%" in printed.err
 
 
+@pytest.mark.usefixtures("never_loaded")
 def test_strict_refuses_a_long_prompt(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def load_stable_diffusion(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    allow_pickle: bool = False,
 ) -> StableDiffusion:
     """Loads SD 1.5, 2.1-base, 2.1 or a smaller model of the same layout.
 
@@ -79,27 +80,34 @@ def load_stable_diffusion(
         model: a folder in diffusers' layout, or the id of one on the Hugging Face hub.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
+        allow_pickle: see `read_tensors`.
 
     Raises:
         UserError: a file is missing, cut short or does not fit its configuration.
     """
-    folder = find_model(model)
-    precision: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    folder = find_model(model, allow_pickle=allow_pickle)
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "allow_pickle": allow_pickle,
+    }
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     return StableDiffusion(
-        unet=load_unet(folder / "unet", **precision),
-        vae=load_network(folder / "vae", VAE, VAEConfig, **precision),
-        text_encoder=load_network(
-            folder / "text_encoder", TextEncoder, TextEncoderConfig, **precision
-        ),
+        unet=load_unet(folder / "unet", **how),
+        vae=load_network(folder / "vae", VAE, VAEConfig, **how),
+        text_encoder=load_network(folder / "text_encoder", TextEncoder, TextEncoderConfig, **how),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         schedule=NoiseSchedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
     )
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """The local folder of a model: itself, or what the hub's client downloads for an id.
+
+    Args:
+        model: a folder, or an id.
+        allow_pickle: whether pickled weights are downloaded too.
 
     Raises:
         UserError: neither.
@@ -110,12 +118,9 @@ def find_model(model: str | Path) -> Path:
         raise UserError(f"model: {model} is neither a folder nor the id of a model on the hub")
     import huggingface_hub
 
+    patterns = ["*.json", "*.txt", "*/*.safetensors", *(["*/*.bin"] if allow_pickle else [])]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                str(model), allow_patterns=["*.json", "*.txt", "*/*.safetensors"]
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds, all meaning "could not get it"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model: {model} is no folder and can't be downloaded: {reason}") from error
@@ -126,13 +131,21 @@ def load_unet(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    allow_pickle: bool = False,
 ) -> UNet:
     """Loads one UNet's folder: a model's `unet/`, or `base_unet/` and `ref_unet/` of a BootPIG.
 
     Raises:
         UserError: a file is missing, cut short or does not fit its configuration.
     """
-    return load_network(Path(folder), UNet, UNetConfig, dtype=dtype, param_dtype=param_dtype)
+    return load_network(
+        Path(folder),
+        UNet,
+        UNetConfig,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        allow_pickle=allow_pickle,
+    )
 
 
 class Config(Protocol):
@@ -150,8 +163,9 @@ def load_network(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    allow_pickle: bool = False,
 ) -> Network:
-    """Builds a network's shapes from `config.json` and fills them from the folder's safetensors.
+    """Builds a network's shapes from `config.json` and fills them from the folder's tensors.
 
     Raises:
         UserError: a file is missing or cut short, a tensor is missing, left over or of a wrong
@@ -165,7 +179,7 @@ def load_network(
     shapes = dict(nnx.to_flat_state(state))
     names = {diffusers_name(path): path for path in shapes}
 
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, allow_pickle=allow_pickle)
     missing, left_over = sorted(names.keys() - tensors), sorted(tensors.keys() - names.keys())
     if missing or left_over:
         raise UserError(
@@ -270,32 +284,65 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
     """Reads all tensors of a network's folder, old spellings brought up to date.
 
     Full precision is preferred to the `fp16` variant; a model split over several files is joined.
 
+    Args:
+        folder: of one network.
+        allow_pickle: whether PyTorch's pickled files are opened where there is no safetensors file.
+
     Raises:
-        UserError: there is no safetensors file, only a pickle (never opened), or one is damaged.
+        UserError: there is no file that may be opened, or one is damaged.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path in _safetensors_files(folder):
-        try:
-            with safe_open(path, framework="flax") as file:
-                for key in file.keys():  # noqa: SIM118 - no mapping
-                    name = _current_name(key)
-                    if name is not None:
-                        tensors[name] = np.asarray(file.get_tensor(key))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged: {error}; fetch it again") from None
+    for path in _weight_files(folder, allow_pickle):
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
+        for key, tensor in read(path).items():
+            name = _current_name(key)
+            if name is not None:
+                tensors[name] = tensor
     return tensors
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    for stem in ("diffusion_pytorch_model", "model"):
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="flax") as file:
+            return {key: np.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}; fetch it again") from None
+
+
+def _read_pickled(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # needed for nothing else
+    except ImportError:
+        raise UserError(
+            f"{path}: pickled weights are read by PyTorch, which is missing: install the extra "
+            "eval, or convert the file to safetensors"
+        ) from None
+    try:
+        # `weights_only`: whatever the pickle says, nothing but tensors is built.
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {
+            key: tensor.float().numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+            for key, tensor in tensors.items()
+        }
+    except Exception as error:  # unpickling raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a table of tensors: {reason}") from None
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    for stem, ending in (
+        ("diffusion_pytorch_model", "safetensors"),
+        ("model", "safetensors"),
+        *((("diffusion_pytorch_model", "bin"), ("pytorch_model", "bin")) if allow_pickle else ()),
+    ):
         for variant in ("", ".fp16"):
-            single = folder / f"{stem}{variant}.safetensors"
-            index = folder / f"{stem}.safetensors.index{variant}.json"
+            single = folder / f"{stem}{variant}.{ending}"
+            index = folder / f"{stem}.{ending}.index{variant}.json"
             if single.is_file():
                 return [single]
             if index.is_file():
@@ -304,8 +351,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
     pickles = [p.name for kind in ("*.bin", "*.ckpt", "*.pt", "*.pth") for p in folder.glob(kind)]
     if pickles:
         raise UserError(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened; "
-            "convert them to safetensors first"
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened: "
+            "convert them to safetensors, or allow them (--allow-pickle, model.allow_pickle)"
         )
     raise UserError(f"{folder} has no .safetensors file")
 

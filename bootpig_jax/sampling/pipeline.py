@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,7 @@ class BootPIGPipeline:
         bootpig: str | Path | None = None,
         *,
         precision: Precision = "auto",
+        allow_pickle: bool = False,
     ) -> Self:
         """Loads a text-to-image model and, if given, trained UNets.
 
@@ -147,6 +148,8 @@ class BootPIGPipeline:
                 the authors' release saves. `None`: untrained, both UNets are the model's own.
             precision: of weights and computation; `auto` is bfloat16 on accelerators and float32 on
                 CPUs.
+            allow_pickle: whether PyTorch's pickled weights are opened where there are no
+                safetensors. Only tensors are read from them; no code in them is run.
 
         Raises:
             UserError: a folder or file is missing or damaged.
@@ -158,13 +161,17 @@ class BootPIGPipeline:
                     raise UserError(f"bootpig: {Path(bootpig) / name} is missing; export it anew")
         conditioning = None if bootpig is None else Conditioning.read(bootpig)
         dtype = _dtype(precision)
-        model = load_stable_diffusion(folder, dtype=dtype, param_dtype=dtype)
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": dtype,
+            "allow_pickle": allow_pickle,
+        }
+        model = load_stable_diffusion(folder, **how)
         if bootpig is None:
             # The same object: sampling changes no weights.
             return cls(model, model.unet)
         base, reference = (
-            load_unet(Path(bootpig) / name, dtype=dtype, param_dtype=dtype)
-            for name in ("base_unet", "ref_unet")
+            load_unet(Path(bootpig) / name, **how) for name in ("base_unet", "ref_unet")
         )
         for unet in (base, reference):
             # `sample_size` only says at which resolution the network was trained last.
