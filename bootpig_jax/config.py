@@ -24,6 +24,9 @@ class ModelConfig(ConfigModel):
 
     base: str = Field(min_length=1)
     """A folder in diffusers layout, or a hub id."""
+    allow_pickle: bool = False
+    """Whether PyTorch's pickled weights are opened where there are no safetensors. Only tensors are
+    read from them."""
 
 
 class TrainableConfig(ConfigModel):
@@ -96,6 +99,17 @@ class CheckpointConfig(ConfigModel):
     to start where one lies."""
 
 
+class SafetyConfig(ConfigModel):
+    """When a run ends by itself."""
+
+    max_skipped: Count = 10
+    """Updates in a row that may be skipped because the loss or a gradient is not finite; with that
+    many the run ends. A skipped update changes nothing but the step count."""
+    hang_seconds: Annotated[int, Field(ge=0)] = 1800
+    """Seconds without a new step (compiling it included) after which every thread's stack is
+    printed and the process ends; 0: never."""
+
+
 class LoggingConfig(ConfigModel):
     """What TensorBoard and the progress bar show."""
 
@@ -148,6 +162,7 @@ class TrainConfig(ConfigModel):
     1.1)."""
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @pydantic.model_validator(mode="after")

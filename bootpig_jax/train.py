@@ -57,10 +57,14 @@ def train(config: TrainConfig) -> None:
     check_batch(config.batch_size, config.accumulation, mesh)
     fingerprint = dataset_fingerprint(config.data.dir, config.data.split)
     checkpoints = Checkpoints(config, fingerprint)
+    for step, reason in checkpoints.damaged.items():
+        say(f"warning: checkpoint {step} is damaged ({reason}): it is moved aside")
 
     # 2. The model: what is trained in float32, what is frozen in the compute precision.
     dtype = compute_dtype(config)
-    model = load_stable_diffusion(config.model.base, dtype=dtype)
+    model = load_stable_diffusion(
+        config.model.base, dtype=dtype, allow_pickle=config.model.allow_pickle
+    )
     check_image_size(config.data.image_size, model)
     conditioning = Conditioning(
         reference_timestep=config.reference_timestep,
@@ -108,6 +112,7 @@ def train(config: TrainConfig) -> None:
 
     # 5. Resume, then train.
     first = jax.process_index() == 0
+    checkpoints.check_space(state)
     with checkpoints:
         if checkpoints.latest is not None:
             state = checkpoints.restore(state, loader)
@@ -172,7 +177,9 @@ def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Con
     """
     trained = place(state.trainable, jax.tree.map(lambda _: P(), state.trainable), mesh)
     if jax.process_index() == 0:
-        unet = load_unet(find_model(config.model.base) / "unet")
+        allow_pickle = config.model.allow_pickle
+        base = find_model(config.model.base, allow_pickle=allow_pickle)
+        unet = load_unet(base / "unet", allow_pickle=allow_pickle)
         graph, parameters, _ = split_parameters(BootPIG.from_unet(unet), lambda path: True)
         bootpig: BootPIG = merge_parameters(graph, parameters | trained)
         precision = np.dtype(config.export_precision)

@@ -87,6 +87,7 @@ def test_resumed_after_sigterm_equals_uninterrupted(
         return prepare(*args)
 
     monkeypatch.setattr(bootpig_jax.train, "to_pictures", prepare_and_kill)
+    arguments = [*arguments, "logging.grid_every=0"]
     output = train(arguments, tmp_path / "run")
     assert "stopped at step 3, saved" in capsys.readouterr().err
     assert not (output / "ref_unet").exists()
@@ -94,7 +95,7 @@ def test_resumed_after_sigterm_equals_uninterrupted(
     assert len(calls) == STEPS
     for name in ("base_unet", "ref_unet"):
         assert (output / name / WEIGHTS).read_bytes() == (trained / name / WEIGHTS).read_bytes()
-    position = Path("checkpoints") / str(STEPS) / "data" / "process_0-of-1.json"
+    position = Path("checkpoints") / str(STEPS) / "data" / "metadata"
     assert (output / position).read_text() == (trained / position).read_text()
 
     # A finished run is only exported again; another dataset of the same configuration is refused.

@@ -1,5 +1,9 @@
 """Training checkpoints: exact, refused where they do not fit, never silently from scratch."""
 
+import dataclasses
+import resource
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 
 from bootpig_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bootpig_jax.errors import UserError
-from bootpig_jax.training.checkpointing import Checkpoints
+from bootpig_jax.training.checkpointing import MANIFEST, Checkpoints
 from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.sharding import make_mesh
 from bootpig_jax.training.step import TrainState, init_state
@@ -90,8 +94,8 @@ def test_what_differs_is_named(tmp_path):
     def refused(
         state: TrainState, fingerprint: str = "f", folder: Path = tmp_path, **changes: Any
     ) -> str:
-        with Checkpoints(configuration(folder, **changes), fingerprint) as checkpoints:
-            with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as caught:
+            with Checkpoints(configuration(folder, **changes), fingerprint) as checkpoints:
                 checkpoints.restore(state, numbers())
         message = str(caught.value)
         assert "\n" not in message
@@ -108,10 +112,117 @@ def test_what_differs_is_named(tmp_path):
     ) as checkpoints:
         checkpoints.restore(new_state(), numbers())
 
-    state = tmp_path / "checkpoints" / "0" / "state"
-    for path in [path for path in state.rglob("*") if path.is_file()]:
-        path.write_bytes(b"")
-    assert "cannot be read" in refused(new_state())
+
+def two_steps(folder: Path) -> dict[int, TrainState]:
+    """Saves the steps 0 and 1 of a run and returns their states."""
+    state = new_state()
+    states = {}
+    with Checkpoints(configuration(folder), "f") as checkpoints:
+        for step in range(2):
+            checkpoints.save(state, numbers())
+            states[step] = jax.device_get(jax.tree.map(jnp.copy, state))
+            state = _advance(state)
+    return states
+
+
+def damage(path: Path, kind: str, rng: np.random.Generator) -> None:
+    content = bytearray(path.read_bytes())
+    match kind:
+        case "flip":
+            content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            path.write_bytes(content)
+        case "cut":
+            path.write_bytes(content[: rng.integers(len(content))])
+        case "delete":
+            path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "delete"])
+def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, kind):
+    states = two_steps(tmp_path / "whole")
+    files = [path for path in (tmp_path / "whole/checkpoints/1").rglob("*") if path.is_file()]
+    rng = np.random.default_rng(0)
+    for number, file in enumerate(path for path in files if path.stat().st_size):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", run)
+        damage(run / file.relative_to(tmp_path / "whole"), kind, rng)
+        checkpoints = Checkpoints(configuration(run), "f")
+        if checkpoints.latest == 1:
+            # Orbax's own notes on the step, which say nothing about the arrays.
+            assert file.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
+            with checkpoints:
+                restored = checkpoints.restore(new_state(), numbers())
+            jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+        else:
+            assert checkpoints.latest == 0
+            (reason,) = checkpoints.damaged.values()
+            # A manifest that was changed blames the file whose entry it was.
+            assert file.name in reason or file.name == MANIFEST
+            last = run
+    checkpoints = Checkpoints(configuration(last), "f")
+    with checkpoints:
+        restored = checkpoints.restore(new_state(), numbers())
+        # The bad step is out of the way, so its number can be saved again.
+        checkpoints.save(_advance(restored), numbers())
+    assert sorted(path.name for path in (last / "damaged_checkpoints").iterdir()) == ["1-0"]
+    again = Checkpoints(configuration(last), "f")
+    assert again.latest == 1 and not again.damaged
+    with again:
+        restored = again.restore(new_state(), numbers())
+    jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+
+
+def test_never_from_scratch_where_every_step_is_damaged(tmp_path):
+    two_steps(tmp_path)
+    rng = np.random.default_rng(0)
+    for step in "01":
+        damage(tmp_path / "checkpoints" / step / "run" / "metadata", "flip", rng)
+    with pytest.raises(UserError) as caught:
+        Checkpoints(configuration(tmp_path), "f")
+    message = str(caught.value)
+    assert "1 (run/metadata differs" in message and "0 (run/metadata differs" in message
+    assert "\n" not in message
+
+
+def test_a_full_disk_leaves_the_last_good_step(tmp_path, monkeypatch):
+    states = two_steps(tmp_path)
+    state = new_state(width=4096)  # of more than the limit
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError, match="cannot be written .* the last good one is step 1"):
+        with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+            try:
+                # Writes beyond it fail, as on a full disk.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limit[1]))
+                for _ in range(2):
+                    state = _advance(state)
+                state = _advance(state)
+                checkpoints.save(state, numbers())
+                checkpoints._open().wait_until_finished()
+            except Exception as error:
+                raise checkpoints._not_saved(error) from error
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    checkpoints = Checkpoints(configuration(tmp_path), "f")
+    assert checkpoints.latest == 1
+    with checkpoints:
+        restored = checkpoints.restore(new_state(), numbers())
+    jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    with pytest.raises(UserError, match="0.0 GB free, its checkpoints need"):
+        checkpoints.check_space(state)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    two_steps(tmp_path)
+    state = jax.tree.map(lambda leaf: leaf, _advance(_advance(new_state())))
+    broken = dataclasses.replace(
+        state, trainable=state.trainable | {"reference.conv.bias": jnp.full(8, jnp.nan)}
+    )
+    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+        with pytest.raises(UserError, match="not finite after update 2: it is not saved"):
+            checkpoints.save(broken, numbers())
+    assert Checkpoints(configuration(tmp_path), "f").latest == 1
 
 
 def test_old_steps_are_removed(tmp_path):

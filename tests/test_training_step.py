@@ -95,6 +95,7 @@ def configuration(**changes: Any) -> TrainConfig:
 def run(
     parts: Parts, config: TrainConfig, steps: int, devices: int
 ) -> tuple[TrainState, list[Metrics]]:
+    """Trains on one batch; a last update on a batch that is not finite must change nothing."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
@@ -105,7 +106,16 @@ def run(
     for _ in range(steps):
         state, metrics = step(state, frozen, place_batch(parts.pictures, mesh))
         history.append(metrics)
-    return jax.device_get((state, history))
+    before = jax.device_get(state)
+    broken = jax.tree.map(
+        lambda leaf: leaf * np.nan if np.issubdtype(leaf.dtype, np.floating) else leaf,
+        parts.pictures,
+    )
+    state, metrics = step(state, frozen, place_batch(broken, mesh))
+    assert metrics["skipped"] == 1 and state.step == before.step + 1
+    after = dataclasses.replace(jax.device_get(state), step=before.step)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    return before, jax.device_get(history)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The loop never waits for the device between two readings of the metrics: a step 
 while it runs the next batch is fetched, tokenised and sent.
 """
 
+import faulthandler
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
@@ -22,6 +24,7 @@ from bootpig_jax.checkpoints.tokenizer import Tokenizer
 from bootpig_jax.config import LoggingConfig, TrainConfig
 from bootpig_jax.data import pipeline
 from bootpig_jax.diffusion.solvers import make_solver
+from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.denoise import denoise_with_references
 from bootpig_jax.training.checkpointing import Checkpoints
@@ -92,15 +95,23 @@ def run_steps(
     Returns:
       The state, saved, and whether the run is complete.
     """
-    step = int(state.step)
-    with stop_on_sigterm() as stopping:
-        while step < config.steps and not stopping.is_set():
+    step, skipped = int(state.step), 0
+    with stop_when_asked() as asked, end_if_hung(config.safety.hang_seconds) as alive:
+        while step < config.steps and not asked(step):
+            alive()
             before = time.perf_counter()
             batch = prepare(next(loader))
             waited = time.perf_counter() - before
             state, metrics = train_step(state, frozen, place_batch(batch, mesh))
             step += 1
-            logger.update(step, metrics, waited)
+            for read in logger.update(step, metrics, waited):
+                skipped = skipped + 1 if read["skipped"] else 0
+                if skipped == config.safety.max_skipped:
+                    raise UserError(
+                        f"loss or gradients were not finite in {skipped} updates in a row, before "
+                        f"update {step}: the state was left as it was; try smaller learning rates "
+                        "or precision=float32"
+                    )
             if step % config.checkpoint.every == 0:
                 checkpoints.save(state, loader)
             grid_every = config.logging.grid_every
@@ -111,17 +122,48 @@ def run_steps(
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """Turns SIGTERM, which schedulers send before they kill, into an event for the loop."""
+def stop_when_asked() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM, which schedulers send before they kill, into a question for the loop.
+
+    Yields:
+      A function of the number of updates made: whether to save now and stop. With several processes
+      all answer alike, after the same update, whichever of them got the signal.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python handles signals in the main thread only.
+        yield lambda step: False  # Python handles signals in the main thread only.
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:
-        yield asked
+        yield lambda step: asked.is_set()
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def end_if_hung(seconds: int) -> Iterator[Callable[[], None]]:
+    """Ends the process if a loader, a device or another process lets it wait for too long.
+
+    The timer is Python's own (`faulthandler`), in a thread that needs no interpreter: it also goes
+    off where a call into a library never returns. It prints every thread's stack on standard error.
+
+    Args:
+      seconds: between two signs of life; 0: no timer.
+
+    Yields:
+      A function to call as a sign of life.
+    """
+    if not seconds:
+        yield lambda: None
+        return
+    try:
+        # 2: standard error itself; what replaced `sys.stderr` may have no descriptor.
+        yield lambda: faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def make_draw_grid(

@@ -5,7 +5,7 @@ and read together every `logging.every` updates.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,18 +64,23 @@ class MetricLogger:
         if self._writer is not None:
             self._writer.close()
 
-    def update(self, step: int, metrics: Mapping[str, Array], waited: float) -> None:
+    def update(
+        self, step: int, metrics: Mapping[str, Array], waited: float
+    ) -> Sequence[Mapping[str, Array]]:
         """Takes the metrics of update `step`; reads those since the last time if it is their turn.
 
         Args:
           step: counted from 1.
           metrics: scalars, still on the device.
           waited: seconds that this update waited for its batch.
+
+        Returns:
+          The metrics that were read, one entry for each update: none in most calls.
         """
         self._pending.append(metrics)
         self._waited += waited
         if step % self._every and step != self._steps:
-            return
+            return ()
         fetched = jax.device_get(self._pending)
         scalars = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         now = time.perf_counter()
@@ -94,6 +99,7 @@ class MetricLogger:
         )
         self._bar.update(len(fetched))
         self._pending, self._waited, self._since = [], 0.0, now
+        return fetched
 
     def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Shows a picture in TensorBoard. The time it took to make does not count as training."""

@@ -2,8 +2,7 @@
 
 For a batch of targets x and references r with captions c, and for each sample
 
-    t ~ U{0 .. T-1}        eps, eps_r ~ N(0, 1)        keep_f ~ B(1 - 0.15)        keep_c ~ B(1 -
-    0.15)
+    t ~ U{0 .. T-1}        eps, eps_r ~ N(0, 1)        keep_f, keep_c ~ B(1 - 0.15)
 
     f    = features of the Reference UNet phi at (r_t, t, c_r),   r_t = alpha_t r + sigma_t eps_r
     u    = U_theta(x_t, t, f if keep_f, c if keep_c else "")      x_t = alpha_t x + sigma_t eps
@@ -392,7 +391,8 @@ def make_train_step(
 
     Returns:
       `step(state, frozen, batch) -> (state, metrics)`. It donates the state it is given. The
-      metrics are scalars on the device: `loss` (of the batch) and gradient norms before clipping.
+      metrics are scalars on the device: `loss` (of the batch), gradient norms before clipping, and
+      `skipped`: 1 where loss or gradients are not finite. Only the step count changes then.
     """
     state_specs = partition_specs(state, mesh, config.mesh.fsdp_min_size)
     frozen_specs = partition_specs(frozen, mesh, config.mesh.fsdp_min_size)
@@ -451,10 +451,19 @@ def make_train_step(
             caption_dropout=config.caption_dropout,
         )
         value, gradients = gradients_of(state.trainable, frozen, batch, draws)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": value, **gradient_norms(gradients)}
-        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+        norms = gradient_norms(gradients)
+        # A norm is finite only if every gradient is, and AdamW takes a finite state and finite
+        # gradients to a finite state.
+        finite = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"])
+        trainable, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, moments),
+            (state.trainable, state.optimizer),
+        )
+        metrics = {"loss": value, **norms, "skipped": 1.0 - finite.astype(jnp.float32)}
+        return TrainState(state.step + 1, trainable, moments), metrics
 
     return jax.jit(
         step,

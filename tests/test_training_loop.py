@@ -1,0 +1,123 @@
+"""The loop: it gives up on what will not get better, and never waits for ever."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bootpig_jax.config import DataConfig, ModelConfig, TrainConfig
+from bootpig_jax.errors import UserError
+from bootpig_jax.training.loop import run_steps
+from bootpig_jax.training.metrics import MetricLogger
+from bootpig_jax.training.sharding import make_mesh
+from bootpig_jax.training.step import TrainState
+
+
+def configuration(folder: Path, **changes: Any) -> TrainConfig:
+    fields: dict[str, Any] = {
+        "model": ModelConfig(base="base"),
+        "data": DataConfig(dir=Path("data")),
+        "output_dir": folder,
+        "steps": 30,
+        "checkpoint": {"every": 4},
+        "logging": {"every": 3},
+    }
+    return TrainConfig(**(fields | changes))
+
+
+class Saves:
+    """Stands for the checkpoints: notes which steps were saved."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, state: TrainState, data: Any) -> None:
+        self.steps.append(int(state.step))
+
+
+def train(config: TrainConfig, broken: set[int], saves: Saves) -> None:
+    """Runs the loop over updates of which those in `broken` are not finite."""
+
+    def train_step(state: TrainState, frozen: Any, batch: Any) -> Any:
+        skipped = float(int(state.step) + 1 in broken)
+        metrics = {"loss": jnp.float32("nan" if skipped else 0), "skipped": jnp.float32(skipped)}
+        return TrainState(state.step + 1, {}, ()), metrics
+
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with MetricLogger(
+        config.output_dir, steps=config.steps, first_step=0, batch_size=1, every=3
+    ) as logger:
+        run_steps(
+            train_step,
+            TrainState(jnp.zeros((), jnp.int32), {}, ()),
+            None,
+            iter(lambda: {}, None),
+            lambda batch: batch,
+            config=config,
+            mesh=mesh,
+            checkpoints=saves,
+            logger=logger,
+        )
+
+
+def test_gives_up_after_many_skipped_updates_in_a_row(tmp_path):
+    config = configuration(tmp_path, safety={"max_skipped": 5})
+    saves = Saves()
+    train(config, {2, 3, 4, 5, 7, 8, 9, 20}, saves)  # at most four in a row
+    assert saves.steps == [4, 8, 12, 16, 20, 24, 28, 30]
+    saves = Saves()
+    with pytest.raises(UserError, match="were not finite in 5 updates in a row") as caught:
+        train(config, set(range(11, 31)), saves)
+    assert "\n" not in str(caught.value)
+    assert saves.steps[-1] <= 16
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from tests.test_training_loop import Saves, configuration, hang
+hang(configuration(Path(sys.argv[1]), safety={"hang_seconds": 2}))
+"""
+
+
+def hang(config: TrainConfig) -> None:
+    """Runs the loop over a loader that never answers."""
+
+    def never() -> Iterator[Any]:
+        print("waiting", flush=True)
+        time.sleep(600)
+        yield {}
+
+    run_steps(
+        lambda *arguments: arguments,  # type: ignore[arg-type, return-value]
+        TrainState(jnp.zeros((), jnp.int32), {}, ()),
+        None,  # type: ignore[arg-type]
+        never(),  # type: ignore[arg-type]
+        lambda batch: batch,  # type: ignore[arg-type, return-value]
+        config=config,
+        mesh=make_mesh(config.mesh, jax.devices()[:1]),
+        checkpoints=Saves(),  # type: ignore[arg-type]
+        logger=None,  # type: ignore[arg-type]
+    )
+
+
+def test_a_loader_that_hangs_ends_the_process_with_its_stacks(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout == "waiting\n"
+    assert process.returncode == 1
+    assert "Timeout (0:00:02)!" in process.stderr
+    assert "in never" in process.stderr and "in run_steps" in process.stderr
