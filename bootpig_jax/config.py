@@ -111,10 +111,12 @@ class SafetyConfig(ConfigModel):
 
 
 class LoggingConfig(ConfigModel):
-    """What TensorBoard and the progress bar show."""
+    """What TensorBoard, `history.jsonl` and the progress bar show."""
 
     every: Count = 10
     """Updates between two readings of the metrics. Reading them waits for the device."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """A project of Weights & Biases to log to as well, if that is installed."""
     grid_every: Annotated[int, Field(ge=0)] = 500
     """Updates between two grids of samples; 0 for none."""
     grid_references: Annotated[int, Field(ge=1, le=16)] = 4

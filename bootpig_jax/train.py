@@ -5,6 +5,7 @@ Writes to `output_dir`:
     config.yaml                the configuration that took effect
     checkpoints/               to resume from
     tensorboard/               scalars and sample grids
+    history.jsonl              the scalars again; `python -m bootpig_jax.plot_run` draws them
     base_unet/ ref_unet/       the result in diffusers' layout, as safetensors
     bootpig.json               how the result wants its references; `BootPIGPipeline` reads it
 """
@@ -31,6 +32,7 @@ from bootpig_jax.data.pipeline import dataset_fingerprint, first_examples, make_
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.training.checkpointing import Checkpoints
+from bootpig_jax.training.distributed import join_processes
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_pictures
 from bootpig_jax.training.metrics import MetricLogger
 from bootpig_jax.training.optimizer import make_optimizer
@@ -119,14 +121,7 @@ def train(config: TrainConfig) -> None:
             say(f"going on from step {checkpoints.latest} in {config.output_dir}")
         if first:
             (config.output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        with MetricLogger(
-            config.output_dir / "tensorboard",
-            steps=config.steps,
-            first_step=int(state.step),
-            batch_size=config.batch_size,
-            every=config.logging.every,
-            active=first,
-        ) as logger:
+        with MetricLogger(config, first_step=int(state.step), active=first) as logger:
             state, complete = run_steps(
                 train_step,
                 state,
@@ -202,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m bootpig_jax.train",
         description="Trains BootPIG on a dataset that data_gen made.",
     )
+    join_processes()
     train(config)
 
 

@@ -144,27 +144,6 @@ def test_larger_pictures_are_reduced(dataset: Path) -> None:
     assert batch["target"].shape == batch["reference"].shape == (4, 16, 16, 3)
 
 
-def test_flipping_targets_takes_the_mask_along(dataset: Path) -> None:
-    plain, flipped = (
-        {
-            identity: (target, reference)
-            for batch in take(loader(dataset, augmentation="none", flip_target=flip), 8)
-            for identity, target, reference in zip(
-                batch["id"], batch["target"], batch["reference"], strict=True
-            )
-        }
-        for flip in (False, True)
-    )
-    mirrored = 0
-    for identity, (target, reference) in flipped.items():
-        is_mirrored = not np.array_equal(target, plain[identity][0])
-        step = -1 if is_mirrored else 1
-        np.testing.assert_array_equal(target[:, ::step], plain[identity][0])
-        np.testing.assert_array_equal(reference[:, ::step], plain[identity][1])
-        mirrored += is_mirrored
-    assert 0 < mirrored < NUM_RECORDS
-
-
 def test_first_examples_are_unaugmented_and_in_order(dataset: Path) -> None:
     batch = pipeline.first_examples(dataset, count=6, image_size=SIZE)
     assert list(batch["id"]) == [f"{i:08d}" for i in range(6)]
@@ -209,7 +188,7 @@ def test_state_moves_between_thread_counts_and_backwards(dataset: Path) -> None:
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_partition_the_stream(dataset: Path, process_count: int) -> None:
-    """The same global batches for any number of processes: no overlap, nothing left out."""
+    """The same global batches, row by row, for any number of processes."""
     per_process = 4 // process_count
     whole = take(loader(dataset), 8)
     parts: list[Sequence[Mapping]] = [
@@ -226,10 +205,8 @@ def test_processes_partition_the_stream(dataset: Path, process_count: int) -> No
     ]
     for step, batch in enumerate(whole):
         for key, values in batch.items():
-            interleaved = np.empty_like(values)
-            for index in range(process_count):
-                interleaved[index::process_count] = parts[index][step][key]
-            np.testing.assert_array_equal(interleaved, values)
+            joined = np.concatenate([part[step][key] for part in parts])
+            np.testing.assert_array_equal(joined, values)
 
 
 def test_processes_draw_different_augmentations(tmp_path: Path) -> None:

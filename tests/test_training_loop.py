@@ -15,7 +15,7 @@ import pytest
 from bootpig_jax.config import DataConfig, ModelConfig, TrainConfig
 from bootpig_jax.errors import UserError
 from bootpig_jax.training.loop import run_steps
-from bootpig_jax.training.metrics import MetricLogger
+from bootpig_jax.training.metrics import MetricLogger, read_history
 from bootpig_jax.training.sharding import make_mesh
 from bootpig_jax.training.step import TrainState
 
@@ -46,14 +46,19 @@ def train(config: TrainConfig, broken: set[int], saves: Saves) -> None:
     """Runs the loop over updates of which those in `broken` are not finite."""
 
     def train_step(state: TrainState, frozen: Any, batch: Any) -> Any:
-        skipped = float(int(state.step) + 1 in broken)
-        metrics = {"loss": jnp.float32("nan" if skipped else 0), "skipped": jnp.float32(skipped)}
+        step = int(state.step) + 1
+        skipped = float(step in broken)
+        loss = jnp.float32("nan" if skipped else step)
+        metrics = {
+            "loss": loss,
+            "skipped": jnp.float32(skipped),
+            "loss_in_bucket": jnp.full(10, loss / 10).at[3].set(0),
+            "bucket_count": jnp.full(10, 0.1).at[3].set(0),
+        }
         return TrainState(state.step + 1, {}, ()), metrics
 
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    with MetricLogger(
-        config.output_dir, steps=config.steps, first_step=0, batch_size=1, every=3
-    ) as logger:
+    with MetricLogger(config, first_step=0) as logger:
         run_steps(
             train_step,
             TrainState(jnp.zeros((), jnp.int32), {}, ()),
@@ -72,6 +77,11 @@ def test_gives_up_after_many_skipped_updates_in_a_row(tmp_path):
     saves = Saves()
     train(config, {2, 3, 4, 5, 7, 8, 9, 20}, saves)  # at most four in a row
     assert saves.steps == [4, 8, 12, 16, 20, 24, 28, 30]
+    rows = read_history(tmp_path)
+    assert [row["step"] for row in rows] == list(range(3, 31, 3))
+    # Of updates 1 to 3, the first was made; nothing was drawn from one tenth of the timesteps.
+    assert rows[0]["skipped"] == 2 and rows[0]["loss"] == rows[0]["loss_t20-30"] == 1
+    assert "loss_t30-40" not in rows[0] and rows[0]["lr_reference"] == pytest.approx(5e-6)
     saves = Saves()
     with pytest.raises(UserError, match="were not finite in 5 updates in a row") as caught:
         train(config, set(range(11, 31)), saves)
@@ -121,3 +131,13 @@ def test_a_loader_that_hangs_ends_the_process_with_its_stacks(tmp_path):
     assert process.returncode == 1
     assert "Timeout (0:00:02)!" in process.stderr
     assert "in never" in process.stderr and "in run_steps" in process.stderr
+
+
+def test_a_run_that_goes_on_forgets_what_it_logged_beyond_its_checkpoint(tmp_path):
+    config = configuration(tmp_path)
+    train(config, set(), Saves())
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "lo')
+    with MetricLogger(config, first_step=12):
+        pass
+    assert (tmp_path / "history.jsonl").read_text().splitlines() == lines[:4]

@@ -1,5 +1,7 @@
 """The optimiser against PyTorch's, the mesh and its rules, metrics and grids."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,19 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
-from bootpig_jax.config import MeshConfig, OptimizerConfig
+from bootpig_jax.config import (
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from bootpig_jax.errors import UserError
-from bootpig_jax.training.metrics import MetricLogger, picture_grid
+from bootpig_jax.training.metrics import MetricLogger, picture_grid, read_history
 from bootpig_jax.training.optimizer import gradient_norms, make_optimizer
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs
+from bootpig_jax.training.step import loss_by_timestep
 
 
 def test_optimizer_equals_torch_with_clipping_over_both_parts():
@@ -125,12 +135,24 @@ def test_metrics_are_read_in_intervals(tmp_path, monkeypatch):
     reads = []
     fetch = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: reads.append(len(tree)) or fetch(tree))
-    with MetricLogger(tmp_path, steps=7, first_step=0, batch_size=4, every=3) as logger:
+    config = TrainConfig(
+        model=ModelConfig(base="base"),
+        data=DataConfig(dir=Path("data")),
+        output_dir=tmp_path,
+        steps=7,
+        logging=LoggingConfig(every=3),
+    )
+    with MetricLogger(config, first_step=0) as logger:
         for step in range(1, 8):
-            logger.update(step, {"loss": jnp.float32(step)}, waited=0.0)
+            by_timestep = loss_by_timestep(jnp.array([1.0, step]), jnp.array([0, 999]), 1000)
+            metrics = {"loss": jnp.float32(step), "skipped": jnp.float32(0), **by_timestep}
+            logger.update(step, metrics, waited=0.0)
         logger.image(7, "samples", np.zeros((4, 4, 3), np.uint8))
     assert reads == [3, 3, 1]
-    (events,) = tmp_path.iterdir()
+    rows = read_history(tmp_path)
+    assert [row["loss"] for row in rows] == [2, 5, 7]
+    assert [row["loss_t90-100"] for row in rows] == [2, 5, 7] and rows[0]["loss_t00-10"] == 1
+    (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
 
 

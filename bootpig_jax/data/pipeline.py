@@ -1,6 +1,6 @@
 """The input pipeline: shards of records in, batches of targets, references and words out.
 
-    source, seed, shuffle, repeat, decode, augment, [process::processes], batch, threads
+    source, seed, shuffle, repeat, decode, augment, batch, [process::processes], threads
 
 Every step is random access (`grain.MapDataset`), so an iterator's state is one number: the index of
 the next batch. It does not depend on the number of threads. A resumed run gets the very batches
@@ -9,8 +9,9 @@ that an uninterrupted one would have got.
 Two positions in the chain matter. `repeat` stands before `augment`: the generator of a sample is
 derived from its index in the endless stream, so each epoch augments anew. The slice by process
 stands *after* `augment`: slicing first would renumber the samples, and all processes would draw
-the same augmentations. Batch b of P processes with B samples each is samples [bBP, (b+1)BP) of the
-stream, so a run may continue on another number of processes with the same global batch.
+the same augmentations. It stands after `batch` so that the processes' parts, joined in order, are
+the samples [bBP, (b+1)BP) of the stream in their order, for batch b of P processes with B samples
+each: the same global batch, row by row, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,6 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
-    flip_target: bool = False,
 ) -> grain.DatasetIterator[Batch]:
     """Opens an endless, shuffled stream of batches; `get_state` and `set_state` resume it exactly.
 
@@ -74,7 +74,6 @@ def make_loader(
       process_count: the number of processes that share the stream.
       num_threads: threads that build batches ahead, one whole batch each; 0 builds them on demand.
         As many batches wait in memory as there are threads, and at least two.
-      flip_target: flip targets with probability 0.5. For captions that name no side.
 
     Raises:
       UserError: if the dataset is missing, incomplete or damaged; while iterating, if a record is.
@@ -82,16 +81,16 @@ def make_loader(
     if batch_size < 1 or not 0 <= process_index < process_count:
         raise ValueError(f"batch size {batch_size}, process {process_index} of {process_count}")
     decode = _Decode(image_size)
-    augment = _Augment(image_size, augmentation, flip_target)
+    augment = _Augment(image_size, augmentation)
     dataset = (
         grain.MapDataset.source(RecordSource(data_dir, split))
         .seed(seed)
         .shuffle()
         .repeat()
         .map(decode)
-        .random_map(augment)[process_index::process_count]
+        .random_map(augment)
         # The stream is endless; rounding its length up would overflow at batch size 1.
-        .batch(batch_size, drop_remainder=True, batch_fn=_to_batch)
+        .batch(batch_size, drop_remainder=True, batch_fn=_to_batch)[process_index::process_count]
     )
     # Grain's default would keep 500 batches.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads))
@@ -107,7 +106,7 @@ def first_examples(
       UserError: if the dataset is missing or damaged.
     """
     source = RecordSource(data_dir, split)
-    decode, augment = _Decode(image_size), _Augment(image_size, "none", flip_target=False)
+    decode, augment = _Decode(image_size), _Augment(image_size, "none")
     rng = np.random.default_rng(0)  # drawn from by no step
     return _to_batch(
         [augment(decode(source[index]), rng) for index in range(min(count, len(source)))]
@@ -228,16 +227,9 @@ class _Augment:
 
     image_size: int
     kind: AugmentationKind
-    flip_target: bool
 
     def __call__(self, decoded: _Decoded, rng: np.random.Generator) -> _Example:
         target, mask = decoded.picture, decoded.mask
-        if self.flip_target and rng.random() < 0.5:
-            # Contiguous: OpenCV takes no array with negative strides.
-            target, mask = (
-                np.ascontiguousarray(target[:, ::-1]),
-                np.ascontiguousarray(mask[:, ::-1]),
-            )
         reference = build_reference(target, mask, rng, size=self.image_size, kind=self.kind)
         return _Example(resize_square(target, self.image_size), reference, decoded.record)
 

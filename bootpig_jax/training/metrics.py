@@ -1,14 +1,16 @@
-"""What a training run shows: a progress bar, TensorBoard scalars and grids of samples.
+"""What a training run shows: a progress bar, TensorBoard, `history.jsonl`, grids of samples.
 
 Reading a scalar waits for the device. So the step's metrics are kept as they are, on the device,
-and read together every `logging.every` updates.
+and read together every `logging.every` updates. Each reading is a line of `history.jsonl`: its step
+and the means since the last one. `python -m bootpig_jax.plot_run` draws that file.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -16,38 +18,49 @@ from jaxtyping import Array, UInt8
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from bootpig_jax.config import TrainConfig
+from bootpig_jax.errors import UserError
+from bootpig_jax.training.optimizer import learning_rate
+from bootpig_jax.training.step import TIMESTEP_BUCKETS
+
+HISTORY = "history.jsonl"
+
 
 class MetricLogger:
     """Collects metrics and shows their means; a context manager.
 
     Args:
-      folder: where TensorBoard's files go.
-      steps: updates in the whole run.
-      first_step: updates already made.
-      batch_size: samples an update, over all processes.
-      every: updates between two readings.
+      config: of the run.
+      first_step: updates already made. What an earlier start logged beyond them is forgotten.
       active: False on all processes but the first, which then show nothing.
+
+    Raises:
+      UserError: `logging.wandb` is set and Weights & Biases is not installed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        steps: int,
-        first_step: int,
-        batch_size: int,
-        every: int,
-        active: bool = True,
-    ) -> None:
+    def __init__(self, config: TrainConfig, *, first_step: int, active: bool = True) -> None:
         """See the class."""
-        self._writer = SummaryWriter(str(folder)) if active else None
+        self._config, self._active = config, active
         self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not active
+            total=config.steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not active,
         )
-        self._steps, self._batch_size, self._every = steps, batch_size, every
         self._pending: list[Mapping[str, Array]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
+        self._wandb: Any = None
+        if not active:
+            return
+        folder = config.output_dir
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        earlier = [row for row in read_history(folder) if row["step"] <= first_step]
+        self._history = (folder / HISTORY).open("w", encoding="utf-8")
+        self._history.writelines(f"{json.dumps(row)}\n" for row in earlier)
+        if config.logging.wandb is not None:
+            self._wandb = _wandb_run(config)
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -61,8 +74,11 @@ class MetricLogger:
     ) -> None:
         """Flushes the files and ends the progress bar's line."""
         self._bar.close()
-        if self._writer is not None:
+        if self._active:
             self._writer.close()
+            self._history.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
 
     def update(
         self, step: int, metrics: Mapping[str, Array], waited: float
@@ -71,7 +87,7 @@ class MetricLogger:
 
         Args:
           step: counted from 1.
-          metrics: scalars, still on the device.
+          metrics: still on the device.
           waited: seconds that this update waited for its batch.
 
         Returns:
@@ -79,20 +95,21 @@ class MetricLogger:
         """
         self._pending.append(metrics)
         self._waited += waited
-        if step % self._every and step != self._steps:
+        if step % self._config.logging.every and step != self._config.steps:
             return ()
         fetched = jax.device_get(self._pending)
-        scalars = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         now = time.perf_counter()
         seconds = now - self._since
-        scalars["images_per_second"] = len(fetched) * self._batch_size / seconds
-        scalars["waiting_for_data"] = self._waited / seconds
-        if self._writer is not None:
-            for name, value in scalars.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
+        scalars = summary(fetched) | {
+            "images_per_second": len(fetched) * self._config.batch_size / seconds,
+            "waiting_for_data": self._waited / seconds,
+            **self._learning_rates(step),
+            **_memory(),
+        }
+        self.scalars(step, "train", scalars)
         self._bar.set_postfix(
             {
-                "loss": f"{scalars['loss']:.4f}",
+                "loss": f"{scalars.get('loss', np.nan):.4f}",
                 "images/s": f"{scalars['images_per_second']:.3g}",
             },
             refresh=False,
@@ -101,15 +118,98 @@ class MetricLogger:
         self._pending, self._waited, self._since = [], 0.0, now
         return fetched
 
+    def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """Writes values of one step: a line of the history, and a curve for each elsewhere."""
+        if not self._active:
+            return
+        self._history.write(json.dumps({"step": step, "group": group, **values}) + "\n")
+        self._history.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
+
     def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Shows a picture in TensorBoard. The time it took to make does not count as training."""
-        if self._writer is not None:
+        if self._active:
             self._writer.add_image(name, picture, step, dataformats="HWC")
             self._writer.flush()
         self._since = time.perf_counter()
+
+    def _learning_rates(self, step: int) -> dict[str, float]:
+        config = self._config.optimizer
+        return {
+            # Update number `step` was made with the rate after `step - 1` updates.
+            f"lr_{part}": float(learning_rate(config, peak, self._config.steps)(step - 1))
+            for part, peak in (("reference", config.lr_reference), ("rsa", config.lr_rsa))
+        }
+
+
+def summary(updates: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Averages the metrics of several updates.
+
+    Args:
+      updates: what the step returned for each (`training.step.make_train_step`).
+
+    Returns:
+      Means over the updates that were not skipped; `loss_t<from>-<to>` for each tenth of the
+      timesteps that was drawn, in percent of T; `skipped`, a count.
+    """
+    good = [update for update in updates if not update["skipped"]]
+    result = {"skipped": float(len(updates) - len(good))}
+    if not good:
+        return result
+    means = {name: np.mean([update[name] for update in good], axis=0) for name in good[0]}
+    losses, counts = means.pop("loss_in_bucket"), means.pop("bucket_count")
+    del means["skipped"]
+    width = 100 // TIMESTEP_BUCKETS
+    by_timestep = {
+        f"loss_t{bucket * width:02d}-{(bucket + 1) * width}": float(loss / count)
+        for bucket, (loss, count) in enumerate(zip(losses, counts, strict=True))
+        if count
+    }
+    return {name: float(mean) for name, mean in means.items()} | by_timestep | result
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's history, oldest first; a last line that was cut is left out."""
+    rows = []
+    path = folder / HISTORY
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def picture_grid(rows: list[UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """Joins rows of equally many pictures of one size into one picture, with thin white lines."""
     padded = [np.pad(row, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for row in rows]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0)
+
+
+def _memory() -> dict[str, float]:
+    """The largest device's peak so far, where devices tell (CPUs do not)."""
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
+    known = [peak for peak in peaks if peak is not None]
+    return {"memory_gib": max(known) / 2**30} if known else {}
+
+
+def _wandb_run(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "logging.wandb: Weights & Biases is not installed: pip install wandb, or leave it unset"
+        ) from None
+    return wandb.init(
+        project=config.logging.wandb,
+        dir=str(config.output_dir),
+        config=config.model_dump(mode="json"),
+        # A run that goes on is the same run there, too.
+        id=f"{config.output_dir.absolute().name}-{config.seed}",
+        resume="allow",
+    )

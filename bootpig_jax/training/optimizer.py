@@ -31,17 +31,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         steps: the run's last update, at which a `cosine` schedule reaches 0.
     """
 
-    def learning_rate(peak: float) -> optax.Schedule:
-        warmup = optax.linear_schedule(0.0, peak, max(1, config.warmup_steps))
-        if config.schedule == "cosine":
-            rest = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup_steps))
-        else:
-            rest = optax.constant_schedule(peak)
-        return optax.join_schedules([warmup, rest], [config.warmup_steps])
-
     def adamw(peak: float) -> optax.GradientTransformation:
         return optax.adamw(
-            learning_rate(peak),
+            learning_rate(config, peak, steps),
             b1=config.betas[0],
             b2=config.betas[1],
             eps=config.eps,
@@ -55,6 +47,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             lambda parameters: {name: part_of(name) for name in parameters},
         ),
     )
+
+
+def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made.
+
+    Args:
+        config: warm-up and schedule.
+        peak: `lr_reference` or `lr_rsa`.
+        steps: the run's last update.
+    """
+    warmup = optax.linear_schedule(0.0, peak, max(1, config.warmup_steps))
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup_steps))
+    else:
+        rest = optax.constant_schedule(peak)
+    return optax.join_schedules([warmup, rest], [config.warmup_steps])
 
 
 def part_of(name: str) -> str:

@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bootpig_jax.bootpig import BootPIG, is_trainable, reference_features
 from bootpig_jax.checkpoints.diffusers import StableDiffusion
@@ -50,6 +50,7 @@ from bootpig_jax.training.sharding import (
 )
 
 Metrics = dict[str, Array]
+TIMESTEP_BUCKETS = 10
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -292,6 +293,28 @@ def bootpig_loss(
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
+def loss_by_timestep(
+    losses: Float[Array, " b"], t: Int[Array, " b"], num_timesteps: int
+) -> Metrics:
+    """Sorts losses by timestep: their mean hides learning, as it depends most on the t drawn.
+
+    Args:
+      losses: one for each sample.
+      t: their timesteps.
+      num_timesteps: T.
+
+    Returns:
+      For each tenth of [0, T), divided by the batch size: `loss_in_bucket`, the sum of the losses,
+      and `bucket_count`. Their quotient is the mean; both can be averaged over batches before.
+    """
+    in_bucket = t[:, None] * TIMESTEP_BUCKETS // num_timesteps == jnp.arange(TIMESTEP_BUCKETS)
+    return {
+        # Not a product: one loss that is not finite would spoil all buckets.
+        "loss_in_bucket": jnp.mean(jnp.where(in_bucket, losses[:, None], 0.0), axis=0),
+        "bucket_count": jnp.mean(in_bucket.astype(jnp.float32), axis=0),
+    }
+
+
 def split_parameters(
     module: nnx.Module, selected: Callable[[tuple[Any, ...]], bool]
 ) -> tuple[nnx.GraphDef, Parameters, Parameters]:
@@ -391,15 +414,18 @@ def make_train_step(
 
     Returns:
       `step(state, frozen, batch) -> (state, metrics)`. It donates the state it is given. The
-      metrics are scalars on the device: `loss` (of the batch), gradient norms before clipping, and
-      `skipped`: 1 where loss or gradients are not finite. Only the step count changes then.
+      metrics lie on the device: the batch's `loss`, those of `loss_by_timestep`, gradient norms
+      before clipping, and `skipped`: 1 where loss or gradients are not finite. Only the step count
+      changes then.
     """
     state_specs = partition_specs(state, mesh, config.mesh.fsdp_min_size)
     frozen_specs = partition_specs(frozen, mesh, config.mesh.fsdp_min_size)
     side = config.data.image_size // graphs.latent_downsampling
     latents = (config.batch_size, side, side, graphs.latent_channels)
 
-    def loss(trainable: Parameters, frozen: Frozen, batch: Batch, draws: Draws) -> Array:
+    def loss(
+        trainable: Parameters, frozen: Frozen, batch: Batch, draws: Draws
+    ) -> tuple[Array, Metrics]:
         if isinstance(batch, Pictures):
             batch = jax.lax.stop_gradient(
                 encode(
@@ -418,19 +444,22 @@ def make_train_step(
             reference_key_scale=config.reference_key_scale,
             dtype=graphs.dtype,
         )
-        return jnp.mean(losses)
+        return jnp.mean(losses), loss_by_timestep(
+            losses, draws.t, graphs.schedule.num_train_timesteps
+        )
 
     def local_gradients(
         trainable: Parameters, frozen: Frozen, batch: Batch, draws: Draws
-    ) -> tuple[Array, Parameters]:
+    ) -> tuple[tuple[Array, Metrics], Parameters]:
         trainable = gather(trainable, state_specs.trainable)
         frozen = gather(frozen, frozen_specs)
-        value, gradients = accumulate(
-            lambda part: jax.value_and_grad(loss)(trainable, frozen, *part),
+        values, gradients = accumulate(
+            lambda part: jax.value_and_grad(loss, has_aux=True)(trainable, frozen, *part),
             (batch, draws),
             config.accumulation,
         )
-        return reduce_mean(value, P()), reduce_mean(gradients, state_specs.trainable)
+        whole = jax.tree.map(lambda _: P(), values)
+        return reduce_mean(values, whole), reduce_mean(gradients, state_specs.trainable)
 
     gradients_of = jax.shard_map(
         local_gradients,
@@ -450,7 +479,7 @@ def make_train_step(
             reference_dropout_unit=config.reference_dropout_unit,
             caption_dropout=config.caption_dropout,
         )
-        value, gradients = gradients_of(state.trainable, frozen, batch, draws)
+        (value, by_timestep), gradients = gradients_of(state.trainable, frozen, batch, draws)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         norms = gradient_norms(gradients)
@@ -462,7 +491,12 @@ def make_train_step(
             (trainable, moments),
             (state.trainable, state.optimizer),
         )
-        metrics = {"loss": value, **norms, "skipped": 1.0 - finite.astype(jnp.float32)}
+        metrics = {
+            "loss": value,
+            **by_timestep,
+            **norms,
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
         return TrainState(state.step + 1, trainable, moments), metrics
 
     return jax.jit(

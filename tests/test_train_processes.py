@@ -1,0 +1,125 @@
+"""Two processes with two devices each are the same run as one process with four."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.training_helpers import save_tiny_data
+
+pytestmark = pytest.mark.long
+
+STEPS = 10
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def arguments(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("processes")
+    data = save_tiny_data(folder / "tiny")
+    (folder / "tiny.yaml").write_text(f"""\
+model: {{base: {model_folder}}}
+data: {{dir: {data}, image_size: 16, threads: 2}}
+output_dir: unset
+batch_size: 8
+steps: {STEPS}
+precision: float32
+optimizer: {{lr_reference: 1e-3, lr_rsa: 1e-3}}
+mesh: {{data: 2, fsdp: 2, fsdp_min_size: 64}}
+checkpoint: {{every: 3, keep: 9}}
+logging: {{every: 1, grid_every: 5, grid_steps: 2, grid_references: 2}}
+safety: {{hang_seconds: 400}}
+""")
+    return ["--config", str(folder / "tiny.yaml")]
+
+
+def start(arguments: list[str], output: Path, processes: int) -> list[subprocess.Popen[str]]:
+    """Starts a run of four devices in all."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [
+        f"--xla_force_host_platform_device_count={4 // processes}",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    if processes > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "bootpig_jax.train", *arguments, f"output_dir={output}"],
+            env=environment | ({"JAX_PROCESS_ID": str(index)} if processes > 1 else {}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> str:
+    """Waits for the processes and returns what the first one printed."""
+    printed = [process.communicate(timeout=900)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(printed)
+    return printed[0]
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = (output / "history.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    assert losses(output).keys() == losses(expected).keys() == set(range(1, STEPS + 1))
+    for step, loss in losses(expected).items():
+        assert losses(output)[step] == pytest.approx(loss, rel=1e-5), step
+    for name in ("base_unet", "ref_unet"):
+        tensors, others = (load_file(run / name / WEIGHTS) for run in (output, expected))
+        for key, tensor in tensors.items():
+            # Adam divides noise by noise where a gradient vanishes: a few weights take other steps.
+            difference = np.abs(tensor - others[key])
+            assert np.quantile(difference, 0.99) <= 1e-4 * np.abs(others[key]).max() + 1e-7, key
+
+
+@pytest.fixture(scope="module")
+def one_process(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "run"
+    finish(start(arguments, output, 1))
+    return output
+
+
+def test_two_processes_equal_one(arguments, one_process, tmp_path):
+    finish(start(arguments, tmp_path / "run", 2))
+    assert_same_run(tmp_path / "run", one_process)
+
+
+def test_sigterm_to_one_of_two_saves_once_and_one_process_goes_on(arguments, one_process, tmp_path):
+    output = tmp_path / "run"
+    running = start([*arguments, "steps=1000"], output, 2)
+    first = running[0]
+    assert first.stdout is not None
+    for line in first.stdout:
+        if "1/1000" in line:
+            break
+    running[1].send_signal(signal.SIGTERM)  # only one of them is told
+    printed = finish(running)
+    assert "saved; the same command goes on from here" in printed
+    steps = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    assert steps and losses(output).keys() == set(range(1, steps[-1] + 1))
+    for step in [step for step in steps if step > 6]:  # the test needs some steps to go on with
+        os.rename(output / "checkpoints" / str(step), output / f"later-{step}")
+    finish(start([*arguments, "mesh.data=1", "mesh.fsdp=4"], output, 1))
+    assert_same_run(output, one_process)
