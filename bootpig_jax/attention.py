@@ -23,6 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 Strategy = Literal["softmax", "concat", "average", "argmax"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
+# On a CPU: from how many scores on attention works in blocks, and how many queries a block has.
+BLOCKED_FROM = 2**20
+QUERY_BLOCK = 512
+
 
 def attention(
     q: Float[Array, "b n h d"],
@@ -39,7 +43,8 @@ def attention(
         key_lengths: for each sample, how many of the ``m`` keys count; all when ``None``.
     """
     if jax.default_backend() == "cpu":
-        out = _heads_first(q, k, v, key_lengths)
+        large = q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0
+        out = (_blocked if large else _heads_first)(q, k, v, key_lengths)
     else:
         # cuDNN has to be asked for: None means XLA's own attention, also on a GPU.
         fused = (
@@ -64,6 +69,31 @@ def _heads_first(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Arr
         scores = jnp.where(counts[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bhmd->bhnd", weights, v).swapaxes(1, 2)
+
+
+def _blocked(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Array:
+    """The same, one head and one block of queries after the other.
+
+    The scores of a block stay in the cache, and no more than that is ever in memory: the backward
+    pass computes them again. So its memory is also what a fused attention takes on a GPU.
+    """
+    b, n, h, d = q.shape
+    lengths = jnp.full(b, k.shape[1]) if key_lengths is None else key_lengths
+
+    @jax.checkpoint
+    def block(q: Array, k: Array, v: Array, length: Array) -> Array:
+        scores = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32) / math.sqrt(d)
+        scores = jnp.where(jnp.arange(len(k)) < length, scores, -jnp.inf)
+        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+    def head(arguments: tuple[Array, Array, Array, Array]) -> Array:
+        q, k, v, length = arguments
+        blocks = q.reshape(-1, QUERY_BLOCK, d)
+        return jax.lax.map(lambda q: block(q, k, v, length), blocks).reshape(n, d)
+
+    q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    out = jax.lax.map(head, (q, k, v, jnp.repeat(lengths, h)))
+    return out.reshape(b, h, n, d).swapaxes(1, 2)
 
 
 def reference_self_attention(

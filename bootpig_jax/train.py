@@ -10,6 +10,7 @@ Writes to `output_dir`:
     bootpig.json               how the result wants its references; `BootPIGPipeline` reads it
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ from bootpig_jax.training.distributed import join_processes
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_pictures
 from bootpig_jax.training.metrics import MetricLogger
 from bootpig_jax.training.optimizer import make_optimizer
+from bootpig_jax.training.plan import plan, report
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
 from bootpig_jax.training.step import (
     TrainState,
@@ -191,14 +193,44 @@ def say(message: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--plan", action="store_true")
+    flags.add_argument("--devices", type=int)
+    options, rest = flags.parse_known_args(argv)
     config = parse_command_line(
         TrainConfig,
-        argv,
+        rest,
         prog="python -m bootpig_jax.train",
-        description="Trains BootPIG on a dataset that data_gen made.",
+        description="Trains BootPIG on a dataset that data_gen made. --plan [--devices N] prints "
+        "what a step takes, on this machine's devices or on N pretended ones, and trains nothing.",
     )
+    if options.plan:
+        print_plan(config, options.devices)
+        return
+    if options.devices is not None:
+        raise UserError("--devices: only together with --plan; training uses all devices there are")
     join_processes()
     train(config)
+
+
+def print_plan(config: TrainConfig, devices: int | None) -> None:
+    """Prints what a step of this run takes.
+
+    Args:
+      config: of the run.
+      devices: how many devices of the CPU to pretend; None for those that are here.
+    """
+    if devices is not None:
+        if devices < 1:
+            raise UserError(f"--devices: must be at least 1, not {devices}")
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, config.accumulation, mesh)
+    say("compiling: minutes for a model of full size")
+    # What is planned for pretended devices is a run on accelerators.
+    planned = jnp.dtype("bfloat16") if devices and config.precision == "auto" else None
+    print(report(plan(config, planned or compute_dtype(config), mesh)))
 
 
 if __name__ == "__main__":

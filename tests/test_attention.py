@@ -208,3 +208,25 @@ def test_pool_refuses_what_pools_nothing() -> None:
     o = stock(Q, KEY, V)
     with pytest.raises(ValueError, match="'concat' pools nothing"):
         jax.eval_shape(lambda o: pool(o, o[:, None], "concat"), o)
+
+
+def test_attention_in_blocks_is_attention(monkeypatch):
+    """... for values and gradients, with and without dropped references."""
+    q, k, v = (jnp.asarray(RNG.standard_normal((2, n, H, D), np.float32)) for n in (64, 96, 96))
+    lengths = jnp.array([96, 64])
+    weight = jnp.asarray(RNG.standard_normal((2, 64, C), np.float32))
+
+    def values_and_gradients(lengths: jax.Array | None) -> Any:
+        return jax.value_and_grad(
+            lambda *x: jnp.sum(weight * attention(*x, lengths)), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    for key_lengths in (None, lengths):
+        expected = values_and_gradients(key_lengths)
+        with monkeypatch.context() as patch:
+            patch.setattr("bootpig_jax.attention.BLOCKED_FROM", 0)
+            patch.setattr("bootpig_jax.attention.QUERY_BLOCK", 16)
+            blocked = values_and_gradients(key_lengths)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), blocked, expected
+        )

@@ -337,6 +337,11 @@ def merge_parameters(graph: nnx.GraphDef, *parameters: Parameters) -> Any:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def cast(parameters: Parameters, to: jnp.dtype) -> Parameters:
+    """Returns the parameters in another precision."""
+    return {name: array.astype(to) for name, array in parameters.items()}
+
+
 def take_apart(
     model: StableDiffusion, bootpig: BootPIG, trainable: TrainableConfig, dtype: jnp.dtype
 ) -> tuple[Graphs, Parameters, Frozen]:
@@ -354,9 +359,6 @@ def take_apart(
 
     def selected(path: tuple[str | int, ...]) -> bool:
         return is_trainable(path, bootpig.base.config, trainable.base, trainable.reference)
-
-    def cast(parameters: Parameters, to: jnp.dtype) -> Parameters:
-        return {name: array.astype(to) for name, array in parameters.items()}
 
     features = jax.jit(lambda encoder, ids: encoder(ids))
     graph, trained, rest = split_parameters(bootpig, selected)
@@ -401,7 +403,7 @@ def make_train_step(
     mesh: Mesh,
     state: TrainState,
     frozen: Frozen,
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Compiles the step for states and frozen parameters of the given shapes.
 
     Args:

@@ -1,0 +1,228 @@
+"""What a training run will take, before it starts: bytes on each device, FLOPs, time.
+
+    python -m bootpig_jax.train --config configs/paper.yaml --plan
+    python -m bootpig_jax.train --config configs/paper.yaml --plan --devices 16 mesh.fsdp=16
+
+The step is compiled for the real shapes and nothing is loaded: of the base checkpoint only its
+`config.json` files are read (`configs/models` holds those of Stable Diffusion 2.1-base). With
+`--devices` the mesh is made of that many pretended devices of this machine's CPU.
+
+- What stays on a device between steps (weights, optimiser) follows from shapes and shardings.
+- What a step takes besides (activations, gradients, gathered weights) is the compiler's own
+  account of its buffers. It holds for the kind of device that the step was compiled for; for
+  another kind it is an estimate. Attention is planned as it runs: fused on a GPU, in blocks on a
+  CPU, which keep about the same.
+- FLOPs are counted in the program as it is written (`training.flops`). On a CPU they include what
+  the backward pass of attention computes again: 3 % for the paper's setting.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from bootpig_jax.bootpig import BootPIG, is_trainable
+from bootpig_jax.checkpoints.diffusers import find_model, read_json
+from bootpig_jax.config import TrainConfig
+from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from bootpig_jax.models.unet import UNet, UNetConfig
+from bootpig_jax.models.vae import VAE, VAEConfig
+from bootpig_jax.training.flops import count_flops
+from bootpig_jax.training.optimizer import Parameters, make_optimizer
+from bootpig_jax.training.sharding import BATCH, named, partition_specs
+from bootpig_jax.training.step import (
+    Frozen,
+    Graphs,
+    Pictures,
+    TrainState,
+    cast,
+    make_train_step,
+    split_parameters,
+)
+
+# bf16 matrix multiplication without sparsity, FLOP/s, as their makers state it.
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "TPU v5p": 459e12,
+    "TPU v4": 275e12,
+}
+UTILISATION = 0.35
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step takes on one device. Bytes, unless said otherwise.
+
+    Attributes:
+        masters: the trained weights, float32.
+        moments: the optimiser's state.
+        frozen: the weights that are read only.
+        batch: the pictures and token ids.
+        temporary: activations, gradients and everything else that lives within a step.
+        flops: of all devices together, for one update.
+        devices: how many there are.
+    """
+
+    masters: int
+    moments: int
+    frozen: int
+    batch: int
+    temporary: int
+    flops: float
+    devices: int
+
+    @property
+    def peak(self) -> int:
+        """All of it: the most memory that a device needs at once."""
+        return self.masters + self.moments + self.frozen + self.batch + self.temporary
+
+
+def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh) -> Plan:
+    """Compiles the step for the mesh and adds up what it takes.
+
+    Args:
+      config: of the run.
+      dtype: of the computation.
+      mesh: the devices, which may be pretended ones.
+
+    Raises:
+      UserError: the base checkpoint's `config.json` files are missing or not understood.
+    """
+    step, (state, frozen, batch) = abstract_step(config, dtype, mesh)
+    traced = step.trace(state, frozen, batch)
+    memory = traced.lower().compile().memory_analysis()
+    return Plan(
+        masters=_bytes_per_device(state.trainable),
+        moments=_bytes_per_device(state.optimizer),
+        frozen=_bytes_per_device(frozen),
+        batch=_bytes_per_device(batch),
+        # What is donated is counted as an argument already.
+        temporary=memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        flops=count_flops(traced.jaxpr),
+        devices=mesh.size,
+    )
+
+
+def abstract_step(
+    config: TrainConfig, dtype: jnp.dtype, mesh: Mesh
+) -> tuple[jax.stages.Wrapped, tuple[TrainState, Frozen, Pictures]]:
+    """Returns the training step and the shapes and shardings of its three arguments.
+
+    Raises:
+      UserError: the base checkpoint's `config.json` files are missing or not understood.
+    """
+    graphs, trainable, frozen = abstract_parts(config, dtype)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    min_size = config.mesh.fsdp_min_size
+    state = jax.eval_shape(
+        lambda t: TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trainable
+    )
+    size, length = config.data.image_size, frozen.empty_text.shape[0]
+    separate = config.reference_caption != "target"
+
+    def make_batch() -> Pictures:
+        pictures = jnp.zeros((config.batch_size, size, size, 3))
+        ids = jnp.zeros((config.batch_size, length), jnp.int32)
+        return Pictures(pictures, pictures, ids, ids if separate else None)
+
+    batch = jax.eval_shape(make_batch)
+    step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
+    return step, (
+        _placed(state, partition_specs(state, mesh, min_size), mesh),
+        _placed(frozen, partition_specs(frozen, mesh, min_size), mesh),
+        _placed(batch, jax.tree.map(lambda _: BATCH, batch), mesh),
+    )
+
+
+def abstract_parts(config: TrainConfig, dtype: jnp.dtype) -> tuple[Graphs, Parameters, Frozen]:
+    """What `take_apart` returns, with shapes in the place of arrays.
+
+    Raises:
+      UserError: a `config.json` is missing or not understood.
+    """
+    folder: Path = find_model(config.model.base)
+    unet_sizes = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+    vae_sizes = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+    text_sizes = TextEncoderConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
+    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    graphs: dict[str, nnx.GraphDef] = {}
+
+    def parts() -> tuple[Parameters, Frozen]:
+        def unet() -> UNet:
+            return UNet(unet_sizes, rngs=nnx.Rngs(0), dtype=dtype)
+
+        def selected(path: tuple[str | int, ...]) -> bool:
+            trained = config.trainable
+            return is_trainable(path, unet_sizes, trained.base, trained.reference)
+
+        vae_network = VAE(vae_sizes, rngs=nnx.Rngs(0), dtype=dtype)
+        text_network = TextEncoder(text_sizes, rngs=nnx.Rngs(0), dtype=dtype)
+        graphs["bootpig"], trainable, rest = split_parameters(BootPIG(unet(), unet()), selected)
+        graphs["vae"], vae, _ = split_parameters(vae_network, lambda path: True)
+        graphs["text_encoder"], text, _ = split_parameters(text_network, lambda path: True)
+        frozen = Frozen(
+            unets=cast(rest, dtype),
+            vae=cast(vae, dtype),
+            text_encoder=cast(text, dtype),
+            empty_text=jnp.zeros(
+                (text_sizes.max_position_embeddings, text_sizes.hidden_size), dtype
+            ),
+        )
+        return cast(trainable, jnp.dtype(jnp.float32)), frozen
+
+    trainable, frozen = jax.eval_shape(parts)
+    skeleton = Graphs(
+        **graphs,
+        schedule=schedule,
+        dtype=dtype,
+        latent_downsampling=vae_sizes.downsampling,
+        latent_channels=vae_sizes.latent_channels,
+    )
+    return skeleton, trainable, frozen
+
+
+def report(plan: Plan) -> str:
+    """Returns the plan as a table."""
+    rows = [
+        ("trained weights, float32", plan.masters),
+        ("optimiser", plan.moments),
+        ("frozen weights", plan.frozen),
+        ("batch", plan.batch),
+        ("within a step: activations, gradients, ...", plan.temporary),
+        ("together", plan.peak),
+    ]
+    lines = [f"On each of {plan.devices} devices, GiB (compiled for {jax.default_backend()}):"]
+    lines += [f"  {name:<44}{size / GIB:10.4f}" for name, size in rows]
+    lines.append(f"TFLOP an update, all devices: {plan.flops / 1e12:.2f}")
+    lines.append(f"Seconds an update at {UTILISATION:.0%} of the devices' stated peak (estimated):")
+    lines += [
+        f"  {name:<44}{plan.flops / (plan.devices * peak * UTILISATION):10.4f}"
+        for name, peak in PEAKS.items()
+    ]
+    return "\n".join(lines)
+
+
+def _placed(tree: Any, specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        named(specs, mesh),
+    )
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
