@@ -14,7 +14,8 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SOURCES := bootpig_jax data_gen tests
+INSTALLED_TF := .venv-tf/.installed
+SOURCES := bootpig_jax data_gen benchmarks tests
 WEIGHTS := bootpig_jax/toyland/weights
 
 # For programs that XLA runs on a CPU: large pages for its large temporary arrays, and the faster
@@ -22,7 +23,7 @@ WEIGHTS := bootpig_jax/toyland/weights
 quickstart toyland: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart toyland: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 
-.PHONY: install quickstart toyland test test-long lint typecheck format clean
+.PHONY: install quickstart toyland test test-tfds test-long lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -50,6 +51,18 @@ toyland: $(INSTALLED)
 test: lint typecheck
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# Whether TensorFlow opens what data_gen writes. In an environment of its own: nothing else here
+# needs TensorFlow.
+test-tfds: $(INSTALLED) $(INSTALLED_TF)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m tests.tfds_dump "$$folder" && \
+	TF_CPP_MIN_LOG_LEVEL=3 .venv-tf/bin/python tests/tfds_check.py "$$folder"
+
+$(INSTALLED_TF): constraints-tf.txt
+	test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
+	.venv-tf/bin/python -m pip install -c constraints-tf.txt tensorflow-cpu tensorflow-datasets
+	touch $(INSTALLED_TF)
+
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
 
@@ -65,4 +78,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .venv-tf .cache

@@ -4,165 +4,215 @@ The paper (App. A) uses captions of the form
 
     A photo of a [object], [object positioning] [scene]
 
-and takes the words of `[object]` as the prompt of its segmenter. Here a seeded grammar writes
-them, without a network. A grammar's sentences are numbered 0 ... N-1; caption `i` of a run is
-sentence `pi(i mod N)`, where `pi` is a pseudo-random permutation drawn from (run seed, i div N).
-So a caption depends on (run seed, i) alone, the first N captions are all distinct, and every
-sentence is used equally often, up to one.
+and takes the words of `[object]` as the prompt of its segmenter. They come from a grammar
+(`grammar`), a language model (`llm_captions`) or a file of the user's own:
 
-The permutation is a Feistel network: numbers are written as two digits (l, r) in base m,
-`m = ceil(sqrt(N))`, and each round maps (l, r) to (r, l + F(r) mod m), which is invertible whatever
-the function F is. Results that are not below N are mapped again until they are ("cycle walking").
+    captions.txt      one caption of that form a line
+    captions.jsonl    one JSON object a line: {"caption": "...", "object": "..."}
+
+`"object"` may be left out where the caption has the form; with it, the caption may be any text.
+Blank lines are skipped. Every other line that cannot be used ends the run before it starts, with
+the line's number: hours of drawing follow, and a file is quickly mended. Where a run has more
+candidates than the file has captions, the captions are used again in the same order, with other
+seeds.
 """
 
-import math
+import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Self
 
-import numpy as np
-from jaxtyping import UInt64
-
-from bootpig_jax.toyland import world
-from data_gen import vocabulary
+from bootpig_jax.errors import UserError
+from data_gen.config import DataGenConfig
+from data_gen.grammar import GrammarSource, OpenWorldGrammar, ToylandGrammar
 from data_gen.stages import Caption, CaptionSource
 
-_FORM = re.compile(r"A photo of an? (?P<object>[^,]+), \S.*", re.DOTALL)
-_ROUNDS = 6
+JOURNAL_NAME = "captions.jsonl"
+
+MAX_CAPTION = 300
+"""Letters in a caption at most: about 60 words, as many as CLIP's text encoder can read."""
+MAX_OBJECT = 80
+"""Letters in an object's name at most."""
+
+_FORM = re.compile(r"A photo of an? (?P<object>[^,]+), \S.*")
+_SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u205f\u3000]+")
+_FREQUENT = 10
 
 
-@dataclass(frozen=True)
-class Production:
-    """The sentences "A photo of a {object}, {position} {scene}" over all choices of the three.
+def make_caption_source(config: DataGenConfig) -> CaptionSource:
+    """Returns the source of a run's captions. Asks no server yet.
 
-    An object is an attribute, a space and a noun.
+    Raises:
+      UserError: the file of captions, or the journal of an earlier run, cannot be used.
     """
+    captions = config.captions
+    if captions.source == "file":
+        assert captions.file is not None  # the configuration was checked
+        return FileSource(captions.file)
+    if captions.source == "llm":
+        # It takes a second to import.
+        from data_gen.llm_captions import LLMCaptions
 
-    attributes: tuple[str, ...]
-    nouns: tuple[str, ...]
-    positions: tuple[str, ...]
-    scenes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        """Returns the number of sentences."""
-        return len(self.attributes) * len(self.nouns) * len(self.positions) * len(self.scenes)
-
-    def sentence(self, number: int) -> Caption:
-        """Returns sentence `number`, read as digits of mixed radix, the scene being the lowest."""
-        number, scene = divmod(number, len(self.scenes))
-        number, position = divmod(number, len(self.positions))
-        attribute, noun = divmod(number, len(self.nouns))
-        name = f"{self.attributes[attribute]} {self.nouns[noun]}"
-        text = f"A photo of a {name}, {self.positions[position]} {self.scenes[scene]}"
-        return Caption(text, name)
-
-
-class OpenWorldGrammar:
-    """Everyday things and animals in everyday places: for a Stable Diffusion of the real world."""
-
-    productions = (
-        Production(
-            vocabulary.THING_ATTRIBUTES,
-            vocabulary.THINGS,
-            vocabulary.THING_POSITIONS,
-            vocabulary.SCENES,
-        ),
-        Production(
-            vocabulary.ANIMAL_ATTRIBUTES,
-            vocabulary.ANIMALS,
-            vocabulary.ANIMAL_POSITIONS,
-            vocabulary.SCENES,
-        ),
-    )
-
-    def __len__(self) -> int:
-        """Returns the number of sentences."""
-        return sum(len(production) for production in self.productions)
-
-    def sentence(self, number: int) -> Caption:
-        """Returns sentence `number`, counted through the productions in order."""
-        for production in self.productions:
-            if number < len(production):
-                return production.sentence(number)
-            number -= len(production)
-        raise IndexError("the grammar has no sentence of this number")
-
-
-class ToylandGrammar:
-    """Toyland's captions: every category in every position of every scene."""
-
-    def __len__(self) -> int:
-        """Returns the number of sentences."""
-        return len(world.CATEGORIES) * len(world.POSITIONS) * len(world.SCENES)
-
-    def sentence(self, number: int) -> Caption:
-        """Returns sentence `number`."""
-        number, scene = divmod(number, len(world.SCENES))
-        category, position = divmod(number, len(world.POSITIONS))
-        name = world.CATEGORIES[category]
-        text = world.caption(name, world.POSITIONS[position], world.SCENES[scene])
-        return Caption(text, name)
-
-
-class GrammarSource:
-    """Captions from a grammar, in a random order that depends on the run's seed."""
-
-    def __init__(self, grammar: OpenWorldGrammar | ToylandGrammar, seed: int) -> None:
-        """Draws nothing yet: captions are computed when asked for."""
-        self._grammar = grammar
-        self._seed = seed
-
-    def captions(self, indices: Sequence[int]) -> list[Caption]:
-        """Returns one caption for each global index."""
-        size = len(self._grammar)
-        rounds, numbers = np.divmod(np.asarray(indices, np.uint64), np.uint64(size))
-        keys = _mixed(_mixed(np.full_like(rounds, self._seed)) ^ rounds)
-        return [self._grammar.sentence(n) for n in permuted(numbers, size, keys).tolist()]
-
-
-def make_caption_source(name: Literal["toyland", "open_world"], seed: int) -> CaptionSource:
-    """Returns the source of a run's captions."""
-    return GrammarSource(ToylandGrammar() if name == "toyland" else OpenWorldGrammar(), seed)
-
-
-def permuted(
-    numbers: UInt64[np.ndarray, " n"], size: int, keys: UInt64[np.ndarray, " n"]
-) -> UInt64[np.ndarray, " n"]:
-    """Permutes numbers below `size`: the Feistel network of the module's docstring.
-
-    Args:
-      numbers: below `size`.
-      size: N, below 2^32.
-      keys: each names the permutation that its number goes through.
-    """
-    base = np.uint64(math.isqrt(size - 1) + 1)
-    left, right = np.divmod(numbers, base)
-    for round_ in range(1, _ROUNDS + 1):
-        mixed = _mixed(right ^ _mixed(keys + np.uint64(round_)))
-        left, right = right, (left + mixed % base) % base
-    images = left * base + right
-    outside = images >= size
-    if outside.any():
-        images[outside] = permuted(images[outside], size, keys[outside])
-    return images
-
-
-def _mixed(words: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Scrambles 64-bit words: the output function of SplitMix64 (Steele et al. 2014)."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+        assert captions.llm is not None
+        journal = config.output_dir / JOURNAL_NAME
+        return LLMCaptions(captions.llm, journal, seed=config.seed, total=config.candidates)
+    grammar = ToylandGrammar() if captions.source == "toyland" else OpenWorldGrammar()
+    return GrammarSource(grammar, config.seed)
 
 
 def parse_caption(text: str) -> Caption:
     """Reads the object's words out of a caption of the paper's form.
 
+    Args:
+      text: one line. Spaces of all kinds become single ones, and letters with their accents one
+        character (NFC).
+
     Raises:
-      ValueError: `text` is not of the form "A photo of a [object], ...".
+      ValueError: `text` is not of the form "A photo of a [object], ...", or `clean` refuses it.
     """
+    text = clean(text, MAX_CAPTION)
     match = _FORM.fullmatch(text)
-    if match is None:
+    if match is None or not any(map(str.isalnum, match["object"])):
         raise ValueError(f'not of the form "A photo of a [object], ...": {text[:80]!r}')
-    return Caption(text, match["object"])
+    if "[" in text or "]" in text:
+        raise ValueError(f"holds a placeholder in brackets: {text[:80]!r}")
+    return Caption(text, clean(match["object"], MAX_OBJECT))
+
+
+def clean(text: str, max_length: int) -> str:
+    """Returns `text` in NFC with single spaces.
+
+    Raises:
+      ValueError: it is empty, longer than `max_length`, or holds control characters.
+    """
+    if len(text) > 4 * max_length:  # before any work is done on it
+        raise ValueError(f"longer than {max_length} characters: {text[:80]!r}")
+    text = _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+    if not text:
+        raise ValueError("empty")
+    if not text.isprintable():
+        raise ValueError(f"holds control characters: {text[:80]!r}")
+    if len(text) > max_length:
+        raise ValueError(f"longer than {max_length} characters: {text[:80]!r}")
+    return text
+
+
+class FileSource:
+    """Captions from a file of the user's own (see the module's docstring)."""
+
+    rejects: Mapping[str, int] = {}
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file.
+
+        Raises:
+          UserError: it cannot be read, has no captions, or has a line that is not one.
+        """
+        self._captions = _read_captions(path)
+
+    def __enter__(self) -> Self:
+        """Nothing runs in the background."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing runs in the background."""
+
+    def complete(self, count: int) -> bool:
+        """Captions are used again where the file has too few."""
+        return True
+
+    def captions(self, indices: Sequence[int]) -> list[Caption]:
+        """Returns one caption for each global index."""
+        return [self._captions[index % len(self._captions)] for index in indices]
+
+
+def _read_captions(path: Path) -> list[Caption]:
+    if not path.is_file():
+        raise UserError(f"captions.file: {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"captions.file: {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"captions.file: {path}: is not UTF-8 text") from error
+    parse = _parse_json_line if path.suffix == ".jsonl" else parse_caption
+    captions, mistakes = [], []
+    # Not splitlines(): that also splits at characters which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            captions.append(parse(line.rstrip("\r")))
+        except ValueError as error:
+            mistakes.append(f"{path}:{number}: {error}")
+    if mistakes:
+        more = f" (and {len(mistakes) - 1} more lines)" if len(mistakes) > 1 else ""
+        raise UserError(f"captions.file: {mistakes[0]}{more}")
+    if not captions:
+        raise UserError(f"captions.file: {path}: has no captions: write one a line")
+    return captions
+
+
+def _parse_json_line(line: str) -> Caption:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError('not a JSON object such as {"caption": "A photo of a ..."}') from None
+    if not isinstance(value, dict) or not isinstance(value.get("caption"), str):
+        raise ValueError('has no "caption" that is a string')
+    unknown = sorted(set(value) - {"caption", "object"})
+    if unknown:
+        raise ValueError(f'has the key {unknown[0][:40]!r}: only "caption" and "object" are known')
+    name = value.get("object")
+    if name is None:
+        return parse_caption(value["caption"])
+    if not isinstance(name, str):
+        raise ValueError('has an "object" that is not a string')
+    try:
+        return Caption(clean(value["caption"], MAX_CAPTION), clean(name, MAX_OBJECT))
+    except ValueError as error:
+        raise ValueError(f"caption or object: {error}") from None
+
+
+@dataclass(frozen=True)
+class CaptionStatistics:
+    """What a run's report says of its captions.
+
+    Attributes:
+      count: the captions.
+      distinct: different texts among them.
+      distinct_objects: different objects.
+      frequent_objects: up to ten objects with their counts, the most frequent first.
+      min_words: of the shortest caption, in words.
+      mean_words: per caption.
+      max_words: of the longest caption.
+    """
+
+    count: int
+    distinct: int
+    distinct_objects: int
+    frequent_objects: tuple[tuple[str, int], ...]
+    min_words: int
+    mean_words: float
+    max_words: int
+
+
+def caption_statistics(captions: Iterable[Caption]) -> CaptionStatistics:
+    """Counts captions, objects and words. Without captions, everything is 0."""
+    captions = list(captions)
+    objects = Counter(caption.object for caption in captions)
+    words = [len(caption.text.split()) for caption in captions]
+    frequent = sorted(objects.items(), key=lambda item: (-item[1], item[0]))
+    return CaptionStatistics(
+        count=len(captions),
+        distinct=len({caption.text for caption in captions}),
+        distinct_objects=len(objects),
+        frequent_objects=tuple(frequent[:_FREQUENT]),
+        min_words=min(words, default=0),
+        mean_words=sum(words) / len(words) if words else 0.0,
+        max_words=max(words, default=0),
+    )

@@ -1,4 +1,6 @@
-"""Masks: cutting the object out of its picture, without any trained network.
+"""Masks: which segmenter cuts the object out, two that need no trained network, and the filters.
+
+`data_gen.grounded_sam` and `data_gen.sam3` hold those that are trained and understand words.
 
 GrabCut (Rother et al. 2004) fits a mixture of Gaussians to the colours of the object and one to
 those of the background, and cuts the picture between them along its edges. What it finds depends
@@ -8,13 +10,16 @@ of its own (a horizon, a window). Here the start is found from the border of the
 1. The border's colours, in CIE Lab, are clustered; a pixel's *distance* is that to the nearest
    cluster. Lightness counts half: shading changes it more than hue and chroma.
 2. The object's *core* is the largest group of pixels far from the background, small gaps closed.
+   If it is large and its rim has one colour, it is the object before a backdrop that does not
+   reach the border (a stage, a sheet of paper): that colour joins the background's, once.
 3. GrabCut starts from the core. The core's inside is the object for sure, what lies beyond a small
    reach around it is background for sure, and only the ring in between is left to be decided.
 
 Keying takes whatever differs from a background of one colour and refuses any other.
 
 Neither looks at the object's words: both assume one object before a background that reaches the
-border. `filtered` rejects masks that show it was not so.
+border. `filtered` rejects masks that show it was not so. How good the masks are where the truth is
+known: `python -m data_gen.mask_quality`.
 """
 
 from collections.abc import Sequence
@@ -31,21 +36,44 @@ from data_gen.stages import Rejected, Segmentation, Segmenter
 _BORDER_WIDTH = 1 / 32
 _BORDER_COLOURS = 5
 _LAB_WEIGHTS = np.array((0.5, 1, 1), np.float32)
-_CORE_DISTANCE = 22.0
+_CORE_DISTANCE = 18.0
 _EDGE_WIDTH = 1 / 64
 _EDGE_SHARE = (
     0.4  # a pixel on a blurred edge belongs to the object from this share of its contrast on
 )
 _GAP = 3 / 64  # such as a light stripe across the object
 _REACH = 5 / 64
+_BACKDROP_AREA = 0.3  # share of the picture from which on a core may hold a backdrop
+_BACKDROP_RIM = 0.5  # share of the core's rim that must have the backdrop's colour
+_BACKDROP_TOLERANCE = 12.0
+_OBJECT_SHARE = 0.25  # of a core: less than this before a backdrop is a mark on an object
 _SURROUNDINGS = 14 / 64  # the width of background around the object that GrabCut learns from
 
 
 def make_segmenter(config: MasksConfig) -> Segmenter:
-    """Returns the segmenter that the configuration asks for."""
-    if config.segmenter == "keying":
-        return KeyingSegmenter(config.keying)
-    return GrabCutSegmenter(config.grabcut)
+    """Returns the segmenter that the configuration asks for, its networks loaded.
+
+    Raises:
+      UserError: a network or its package is missing or cannot be loaded.
+    """
+    # Only who asks for a network pays for the import of torch and transformers.
+    match config.segmenter:
+        case "grabcut":
+            return GrabCutSegmenter(config.grabcut)
+        case "keying":
+            return KeyingSegmenter(config.keying)
+        case "grounded_sam" | "grounded_sam_hf":
+            from data_gen.grounded_sam import GroundedSam
+            from data_gen.networks import prepare
+
+            prepare()
+            return GroundedSam(config)
+        case "sam3":
+            from data_gen.networks import prepare
+            from data_gen.sam3 import Sam3
+
+            prepare()
+            return Sam3(config)
 
 
 class GrabCutSegmenter:
@@ -53,6 +81,8 @@ class GrabCutSegmenter:
 
     The score is the intersection over union of the mask and what GrabCut was started from.
     """
+
+    model_hash = ""
 
     def __init__(self, config: GrabCutConfig) -> None:
         """Keeps the settings."""
@@ -94,13 +124,43 @@ def object_core(picture: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
 
     Draws from OpenCV's random generator. Returns an empty mask where nothing differs enough.
     """
-    side = min(picture.shape[:2])
     lab = _lab(picture) * _LAB_WEIGHTS
-    distance = _distance_to(lab, _clustered(lab[_frame(picture.shape[:2], _BORDER_WIDTH)]))
+    background = _clustered(lab[_frame(picture.shape[:2], _BORDER_WIDTH)])
+    core = _far_from(lab, background)
+    backdrop = _backdrop(lab, core)
+    if backdrop is None:
+        return core
+    inner = _far_from(lab, np.concatenate([background, backdrop[None]]))
+    return inner if inner.sum() >= _OBJECT_SHARE * core.sum() else core
+
+
+def _far_from(
+    lab: Float32[np.ndarray, "h w 3"], background: Float32[np.ndarray, "k 3"]
+) -> Bool[np.ndarray, "h w"]:
+    """Returns the largest region of other colours than the background's, without gaps or holes."""
+    side = min(lab.shape[:2])
+    distance = _distance_to(lab, background)
     # Pixels of an edge are mixtures: without this they would all be the object's.
     contrast = cv2.dilate(distance, _disc(side * _EDGE_WIDTH))
     differs = (distance > _CORE_DISTANCE) & (distance > _EDGE_SHARE * contrast)
     return _without_holes(_largest_component(_closed(differs, side * _GAP))[0])
+
+
+def _backdrop(
+    lab: Float32[np.ndarray, "h w 3"], core: Bool[np.ndarray, "h w"]
+) -> Float32[np.ndarray, " 3"] | None:
+    """Returns the colour of a large core's rim if it has one, else None."""
+    if core.mean() <= _BACKDROP_AREA:
+        return None
+    # Padded, so that the picture's border counts as the rim too.
+    padded = np.pad(core.astype(np.uint8), 1)
+    inside = cv2.erode(padded, _disc(min(core.shape) * _GAP))[1:-1, 1:-1] > 0
+    rim = lab[core & ~inside]
+    clusters = _clustered(rim)
+    nearest = np.argmin([np.linalg.norm(rim - colour, axis=-1) for colour in clusters], axis=0)
+    colour = clusters[np.bincount(nearest, minlength=len(clusters)).argmax()]
+    near = np.linalg.norm(rim - colour, axis=-1) < _BACKDROP_TOLERANCE
+    return colour if near.mean() > _BACKDROP_RIM else None
 
 
 def grabcut(
@@ -150,6 +210,8 @@ class KeyingSegmenter:
 
     The score is 1 for a border of exactly one colour and 0 for the largest spread allowed.
     """
+
+    model_hash = ""
 
     def __init__(self, config: KeyingConfig) -> None:
         """Keeps the settings."""

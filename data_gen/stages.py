@@ -6,9 +6,9 @@ This module is what an implementation of a stage has to know (a language model f
 another diffusion model, a segmenter that understands words); it imports none of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -44,17 +44,39 @@ class Rejected:
 class CaptionSource(Protocol):
     """Gives the captions of a run.
 
-    A source that asks a language model may ask for the whole batch in one call; it has to answer
-    the same when asked again, from a cache.
+    Whoever runs the shards asks it and hands them their captions. Within its `with` block a source
+    may ask a server in the background; leaving the block ends that. All but `captions` may be used
+    outside of the block, too, and asks no server.
     """
 
+    @property
+    def rejects(self) -> Mapping[str, int]:
+        """How many captions were offered and not taken so far, by reason."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Starts what makes captions in the background."""
+        ...
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends it, without waiting for captions that nobody asked for."""
+        ...
+
+    def complete(self, count: int) -> bool:
+        """Whether the first `count` captions are there without asking a server."""
+        ...
+
     def captions(self, indices: Sequence[int]) -> list[Caption]:
-        """Returns one caption for each global index; a function of the run's seed and the index."""
+        """Returns one caption for each global index, always the same; waits until they exist.
+
+        Raises:
+          UserError: the server that makes them failed for good.
+        """
         ...
 
 
 class PictureSource(Protocol):
-    """Draws captions."""
+    """Gives the pictures of captions: draws them, or takes them from a folder."""
 
     @property
     def model_hash(self) -> str:
@@ -62,12 +84,13 @@ class PictureSource(Protocol):
         ...
 
     def draw(
-        self, captions: Sequence[str], seeds: Sequence[int]
+        self, indices: Sequence[int], captions: Sequence[str], seeds: Sequence[int]
     ) -> list[UInt8[np.ndarray, "h w 3"] | Rejected]:
-        """Draws one RGB picture for each caption; up to rounding, a function of it and its seed.
+        """Returns one RGB picture for each caption; up to rounding, a function of what it is given.
 
         Args:
-          captions: the texts, one batch.
+          indices: the global indices of the candidates, one batch.
+          captions: for each, the text.
           seeds: for each, the seed of all its randomness, in [0, 2^63).
         """
         ...
@@ -75,6 +98,11 @@ class PictureSource(Protocol):
 
 class Segmenter(Protocol):
     """Cuts objects out of pictures."""
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of all that, besides the configuration, the masks depend on; "" if nothing."""
+        ...
 
     def segment(
         self,
@@ -94,11 +122,15 @@ class Segmenter(Protocol):
 
 @dataclass(frozen=True)
 class Stages:
-    """The three stages that make a sample."""
+    """What a process loads to make shards of captions."""
 
-    captions: CaptionSource
     pictures: PictureSource
     segmenter: Segmenter
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of all that, besides captions and configuration, the samples depend on."""
+        return self.pictures.model_hash + self.segmenter.model_hash
 
 
 def picture_seed(run_seed: int, index: int) -> int:

@@ -1,4 +1,4 @@
-"""Word lists of the open-world caption grammar (`data_gen.captions`).
+"""Word lists of the open-world caption grammar (`data_gen.grammar`).
 
 The paper asks for objects that are "finite and solid", so that a segmenter can cut them out: no
 fluids, crowds or landscapes. Attributes start with a consonant, because the paper's form is

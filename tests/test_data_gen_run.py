@@ -2,10 +2,9 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from bootpig_jax.errors import UserError
 from bootpig_jax.toyland import render, world
 from bootpig_jax.yaml_config import load_config
 from data_gen.captions import make_caption_source
-from data_gen.config import DataGenConfig, samples_hash
-from data_gen.masks import make_segmenter
-from data_gen.run import exclusive, generate
-from data_gen.shards import finished_shards, make_shard, shard_path
+from data_gen.config import DataGenConfig, GrabCutConfig, samples_hash
+from data_gen.locks import Locked, held
+from data_gen.masks import GrabCutSegmenter, make_segmenter
+from data_gen.run import WHOLE, Command, Part, parse_arguments, run
+from data_gen.shards import captions_hash, finished_shards, make_shard, shard_path
 from data_gen.stages import Rejected, Segmentation, Stages
 
 ROOT = Path(__file__).parents[1]
@@ -29,22 +29,21 @@ ROOT = Path(__file__).parents[1]
 class RenderedPictures:
     """Draws Toyland's captions with its renderer; a stand-in for the diffusion model.
 
-    Raises KeyboardInterrupt at the picture number `stop_at`. Sleeps `pause` seconds a picture.
+    Raises KeyboardInterrupt at the picture number `stop_at`.
     """
 
     model_hash = "renderer"
 
-    def __init__(self, stop_at=None, pause=0.0):
+    def __init__(self, stop_at=None):
         self.drawn = 0
-        self._stop_at, self._pause = stop_at, pause
+        self._stop_at = stop_at
 
-    def draw(self, captions, seeds):
+    def draw(self, indices, captions, seeds):
         pictures = []
         for caption, seed in zip(captions, seeds, strict=True):
             if self.drawn == self._stop_at:
                 raise KeyboardInterrupt
             self.drawn += 1
-            time.sleep(self._pause)
             category, position, scene = world.parse_caption(caption)
             rng = np.random.default_rng(seed)
             picture = render.render(world.sample_subject(rng, category), scene, position, rng)
@@ -53,11 +52,15 @@ class RenderedPictures:
 
 
 class EverythingRejected:
+    model_hash = ""
+
     def segment(self, pictures, objects, seeds):
         return [Rejected("empty") for _ in pictures]
 
 
 class FullMask:
+    model_hash = ""
+
     def segment(self, pictures, objects, seeds):
         return [Segmentation(np.ones(p.shape[:2], bool), 1.0) for p in pictures]
 
@@ -68,7 +71,7 @@ def make_config(folder, **changes):
         dataset="toyland",
         candidates=22,
         candidates_per_shard=6,
-        captions="toyland",
+        captions={"source": "toyland"},
         pictures=dict(model="unused", image_size=64, batch_size=3),
         masks=dict(grabcut=dict(working_size=64, iterations=1), filters=dict(border=0.0)),
     )
@@ -76,28 +79,43 @@ def make_config(folder, **changes):
 
 
 def make_stages(config, pictures=None, segmenter=None):
-    return Stages(
-        make_caption_source(config.captions, config.seed),
-        pictures or RenderedPictures(),
-        segmenter or make_segmenter(config.masks),
-    )
+    return Stages(pictures or RenderedPictures(), segmenter or make_segmenter(config.masks))
+
+
+def generate(config, pictures=None, segmenter=None, part=WHOLE):
+    return run(Command(config, part), lambda config: make_stages(config, pictures, segmenter))
+
+
+def captions_of(config, shard):
+    return make_caption_source(config).captions(config.shard_indices(shard))
 
 
 def contents(folder):
     """Everything a run wrote, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def shards(folder):
-    return {name: data for name, data in contents(folder).items() if ".tfrecord" in name}
+    """The shards and what they show of rejects. Their reports hold the time it took, too."""
+    return {
+        name: data
+        for name, data in contents(folder).items()
+        if ".tfrecord" in name and data and not name.endswith(".done.json")
+    }
+
+
+def reports(folder):
+    return [
+        {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+        for path in sorted(folder.glob("*.done.json"))
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted run."""
     config = make_config(tmp_path_factory.mktemp("data") / "out")
-    with exclusive(config.output_dir):
-        generate(config, make_stages(config))
+    assert generate(config) == 0
     return config
 
 
@@ -127,30 +145,22 @@ def test_writes_a_dataset_that_training_reads(finished):
         assert (bottom, right) == (ys.max() + 1, xs.max() + 1)
 
 
-def test_writes_a_contact_sheet(finished):
-    from PIL import Image
-
-    with Image.open(finished.output_dir / "contact_sheet.png") as sheet:
-        assert sheet.width > 1000 and sheet.height > 500
-
-
 def test_a_rerun_writes_the_same_bytes(finished, tmp_path):
-    config = make_config(tmp_path)
-    generate(config, make_stages(config))
+    generate(make_config(tmp_path))
     assert shards(tmp_path) == shards(finished.output_dir)
+    assert reports(tmp_path) == reports(finished.output_dir)
 
 
 def test_shards_can_be_made_in_any_order(finished, tmp_path):
     config = make_config(tmp_path)
     for shard in (3, 1, 0, 2):
-        make_shard(config, make_stages(config), shard)
+        make_shard(config, make_stages(config), shard, captions_of(config, shard))
     assert shards(tmp_path) == shards(finished.output_dir)
 
 
 def test_the_batch_size_changes_no_sample(finished, tmp_path):
     pictures = dict(model="elsewhere", image_size=64, batch_size=8)
-    config = make_config(tmp_path, pictures=pictures)
-    generate(config, make_stages(config))
+    generate(make_config(tmp_path, pictures=pictures))
     assert shards(tmp_path) == shards(finished.output_dir)
 
 
@@ -158,10 +168,10 @@ def test_the_batch_size_changes_no_sample(finished, tmp_path):
 def test_an_interrupted_run_goes_on(finished, tmp_path, stop_at):
     config = make_config(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        generate(config, make_stages(config, RenderedPictures(stop_at)))
+        generate(config, RenderedPictures(stop_at))
     assert not (tmp_path / "dataset_info.json").exists()
     again = RenderedPictures()
-    generate(config, make_stages(config, again))
+    generate(config, again)
     assert again.drawn <= 22 - stop_at + 6
     assert shards(tmp_path) == shards(finished.output_dir)
 
@@ -169,46 +179,18 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, stop_at):
 def test_a_finished_run_draws_nothing(finished):
     before = contents(finished.output_dir)
     pictures = RenderedPictures()
-    generate(finished, make_stages(finished, pictures))
+    generate(finished, pictures)
     assert pictures.drawn == 0
     assert contents(finished.output_dir) == before
-
-
-_CHILD = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-from test_data_gen_run import *
-config = make_config(Path({folder!r}))
-with exclusive(config.output_dir):
-    generate(config, make_stages(config, RenderedPictures(pause=0.1)))
-"""
-
-
-def test_killed_runs_lose_and_double_nothing(finished, tmp_path):
-    """SIGKILL after each shard, at another moment each time, then to the end."""
-    script = _CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
-    for number, delay in enumerate((0.0, 0.1, 0.2)):
-        child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-        while child.poll() is None and len(list(tmp_path.glob("*.done.json"))) <= number:
-            time.sleep(0.01)
-        time.sleep(delay)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-    config = make_config(tmp_path)
-    with exclusive(tmp_path):  # the lock died with its owner
-        generate(config, make_stages(config))
-    assert shards(tmp_path) == shards(finished.output_dir)
-    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "no report", "damaged report", "no file"])
 def test_unfinished_shards_are_made_again(finished, tmp_path, damage):
     config = make_config(tmp_path)
-    make_shard(config, make_stages(config), 1)
+    made = make_shard(config, make_stages(config), 1, captions_of(config, 1))
     path = shard_path(config, 1)
     report = path.with_name(path.name + ".done.json")
-    assert list(finished_shards(config, "renderer")) == [1]
+    assert finished_shards(config) == {1: made}
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "no report":
@@ -217,13 +199,16 @@ def test_unfinished_shards_are_made_again(finished, tmp_path, damage):
         report.write_text(report.read_text()[:-9])
     else:
         path.unlink()
-    assert finished_shards(config, "renderer") == {}
+    assert finished_shards(config) == {}
 
 
 def test_another_runs_folder_is_refused(finished):
-    other = finished.model_copy(update={"seed": 1})
+    steps = finished.pictures.model_copy(update={"steps": 7})
+    other = finished.model_copy(update={"pictures": steps})
     with pytest.raises(UserError, match="other settings or another model"):
-        generate(other, make_stages(other))
+        generate(other)
+    with pytest.raises(UserError, match="other captions, or another seed"):
+        generate(finished.model_copy(update={"seed": 1}))
 
 
 def test_the_hash_follows_what_decides_the_samples(finished):
@@ -240,18 +225,111 @@ def test_the_hash_follows_what_decides_the_samples(finished):
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    with exclusive(tmp_path), pytest.raises(UserError, match="another run is writing"):
-        with exclusive(tmp_path):
-            pass
-
-
-def test_a_shard_without_samples_is_an_error_that_counts_the_reasons(tmp_path):
     config = make_config(tmp_path)
-    with pytest.raises(UserError, match=r"all 5 candidates were rejected \(empty \d"):
-        make_shard(config, make_stages(config, segmenter=EverythingRejected()), 0)
-    with pytest.raises(UserError, match="too_large"):
-        make_shard(config, make_stages(config, segmenter=FullMask()), 0)
-    assert not contents(tmp_path)
+    for part in (Part(0, 1), Part(0, 2)):
+        with held(tmp_path, "run"), pytest.raises(UserError, match="another run is writing"):
+            generate(config, part=part)
+    with held(tmp_path, "run", shared=True):
+        with pytest.raises(UserError, match="another run is writing"):
+            generate(config)
+        assert generate(config, part=Part(0, 2)) == 0
+
+
+def test_two_processes_do_not_make_one_shard(tmp_path):
+    config = make_config(tmp_path)
+    with held(tmp_path, shard_path(config, 0).name), pytest.raises(Locked):
+        make_shard(config, make_stages(config), 0, captions_of(config, 0))
+
+
+def test_a_shard_that_another_process_has_made_is_not_made_again(tmp_path):
+    config = make_config(tmp_path)
+    captions, pictures = captions_of(config, 0), RenderedPictures()
+    made = make_shard(config, make_stages(config), 0, captions)
+    assert make_shard(config, make_stages(config, pictures), 0, captions) == made
+    assert pictures.drawn == 0
+
+
+class AloneAndTogether(RenderedPictures):
+    """Draws its second batch only while the first one is being cut out; then the reverse."""
+
+    model_hash = ""
+
+    def __init__(self):
+        super().__init__()
+        self._second_is_drawn, self._first_is_cut = threading.Event(), threading.Event()
+
+    def draw(self, indices, captions, seeds):
+        if self.drawn:
+            self._second_is_drawn.set()
+            assert self._first_is_cut.wait(30), "nothing is cut out beside the drawing"
+        return super().draw(indices, captions, seeds)
+
+    def segment(self, pictures, objects, seeds):
+        assert self._second_is_drawn.wait(30), "nothing is drawn beside the cutting out"
+        self._first_is_cut.set()
+        return GrabCutSegmenter(GrabCutConfig(working_size=64, iterations=1)).segment(
+            pictures, objects, seeds
+        )
+
+
+def test_pictures_are_drawn_while_others_are_cut_out(finished, tmp_path):
+    config, both = make_config(tmp_path), AloneAndTogether()
+    report = make_shard(config, make_stages(config, both, both), 0, captions_of(config, 0))
+    name = report.shard
+    # The same bytes as ever.
+    assert contents(tmp_path)[name] == contents(finished.output_dir)[name]
+    assert set(report.seconds) == {"pictures", "masks", "encoding", "waiting", "total"}
+
+
+def test_other_captions_than_the_finished_shards_have_are_refused(finished, tmp_path):
+    lines = [caption.text for n in range(4) for caption in captions_of(finished, n)]
+    source = {"source": "file", "file": tmp_path / "captions.txt"}
+    config = make_config(tmp_path / "out", captions=source)
+    source["file"].write_text("\n".join(lines))
+    generate(config, part=Part(1, 2))
+    report = finished_shards(config)[1]
+    assert report.captions_hash == captions_hash(captions_of(finished, 1))
+    source["file"].write_text("\n".join(reversed(lines)))
+    with pytest.raises(UserError, match="was made with other captions"):
+        generate(config)
+    source["file"].write_text("\n".join(lines))
+    assert generate(config) == 0
+
+
+class RejectsTheFirst:
+    """Rejects the first candidates, and the pictures of all others are kept whole."""
+
+    model_hash = ""
+
+    def __init__(self, count):
+        self._left = count
+
+    def segment(self, pictures, objects, seeds):
+        found = []
+        for picture in pictures:
+            self._left -= 1
+            mask = np.zeros(picture.shape[:2], bool)
+            mask[20:40, 20:40] = True
+            found.append(Rejected("empty") if self._left >= 0 else Segmentation(mask, 1.0))
+        return found
+
+
+def test_a_shard_without_samples_is_empty_and_training_reads_the_others(tmp_path):
+    config = make_config(tmp_path, masks=dict(filters=dict(border=0.0)))
+    assert generate(config, segmenter=RejectsTheFirst(8)) == 0
+    assert finished_shards(config)[0].count == 0
+    assert shard_path(config, 0).read_bytes() == b""
+    records = read_all(config)
+    assert len(records) == json.loads((tmp_path / "summary.json").read_text())["samples"]
+
+
+def test_a_run_without_samples_is_an_error_that_counts_the_reasons(tmp_path):
+    for segmenter, reason in ((EverythingRejected(), r"empty \d"), (FullMask(), r"too_large \d")):
+        config = make_config(tmp_path / reason[:5])
+        with pytest.raises(UserError, match=rf"all 22 candidates were rejected \({reason}"):
+            generate(config, segmenter=segmenter)
+        assert (config.output_dir / "report.html").exists()
+        assert not (config.output_dir / "dataset_info.json").exists()
 
 
 def test_shards_share_the_candidates_evenly():
@@ -263,11 +341,11 @@ def test_shards_share_the_candidates_evenly():
 
 def test_the_output_folder_cannot_be_a_file(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match="cannot be created"), exclusive(tmp_path / "out"):
-        pass
+    with pytest.raises(UserError, match="cannot be created"):
+        generate(make_config(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["toyland", "sd21"])
+@pytest.mark.parametrize("name", ["toyland", "paper"])
 def test_the_shipped_configurations_are_valid(name):
     load_config(DataGenConfig, ROOT / f"configs/data_gen_{name}.yaml")
 
@@ -293,6 +371,46 @@ def test_bad_configurations_are_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load_config(DataGenConfig, path, overrides)
     assert "\n" not in str(error.value)
+
+
+def parsed(*arguments):
+    return parse_arguments(["--config", str(ROOT / "configs/data_gen_toyland.yaml"), *arguments])
+
+
+def test_the_command_line():
+    assert parsed() == Command(load_config(DataGenConfig, ROOT / "configs/data_gen_toyland.yaml"))
+    command = parsed("--shards", "3/16", "--engine", "ray", "candidates=5", "--dry-run")
+    assert (command.part, command.engine, command.dry_run) == (Part(3, 16), "ray", True)
+    assert command.config.candidates == 5
+    assert parsed("--only", "captions").only == "captions"
+    own = parsed("--captions", "my: file.txt", "--images", "my #1").config
+    assert (own.captions.source, own.captions.file) == ("file", Path("my: file.txt"))
+    assert (own.pictures.source, own.pictures.folder) == ("folder", Path("my #1"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "16/16"], "--shards.*not I/N with I below N"),
+        (["--shards", "-1/16"], "--shards"),
+        (["--shards", "x"], "--shards"),
+        (["--engine", "beam"], "--engine"),
+        (["--only", "pictures"], "--only"),
+        (["--only", "captions", "--shards", "0/2"], "leave --shards out"),
+        (["--candidate", "5"], "did you mean candidates"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        parsed(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_part_i_of_n_takes_every_nth_shard():
+    config = make_config("x", candidates=60, candidates_per_shard=6)
+    assert list(Part(1, 4).shards(config)) == [1, 5, 9]
+    taken = [shard for i in range(4) for shard in Part(i, 4).shards(config)]
+    assert sorted(taken) == list(range(10))
 
 
 def test_the_command_line_reports_mistakes_without_a_traceback(tmp_path):

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from bootpig_jax.data.pictures import to_rgb
 from bootpig_jax.errors import UserError
-from bootpig_jax.sampling.references import (
-    find_mask,
-    open_reference,
-    prepare_reference,
-    to_rgb,
-)
+from bootpig_jax.sampling.references import find_mask, open_reference, prepare_reference
 
 RED, BLUE, WHITE = (200, 30, 40), (30, 60, 200), (255, 255, 255)
 

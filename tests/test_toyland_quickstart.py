@@ -45,7 +45,7 @@ DATA_GEN = """
 output_dir: data
 candidates: 16
 candidates_per_shard: 16
-captions: toyland
+captions: {source: toyland}
 pictures: {model: sd, steps: 1, image_size: 64, batch_size: 16}
 masks:
   grabcut: {working_size: 32, iterations: 1}

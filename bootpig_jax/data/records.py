@@ -33,7 +33,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,8 @@ def features() -> tfds.features.FeaturesDict:
     mask = tfds.features.Image(
         shape=(None, None, 1),
         encoding_format="png",
-        doc="Mask of the subject, 1 bit deep: TFDS decodes it to 0 and 1.",
+        # TFDS decodes it with TensorFlow to 0 and 255, without to 0 and 1.
+        doc="Mask of the subject, 1 bit deep: 0 is the background.",
     )
     return tfds.features.FeaturesDict(
         {
@@ -307,33 +308,46 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[Record]) -> Shar
 
     Args:
       path: the final path; an older file there is replaced.
-      records: at least one record.
+      records: the records. Without any, the file is empty: `read_split` leaves such a shard out.
 
     Raises:
-      UserError: if there are no records, or the file cannot be written.
+      UserError: if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             count, num_bytes, crc = 0, 0, 0
-            for record in records:
+            for record in _apart(records):
                 frame = _frame(encode(record))
                 file.write(frame)
                 count, num_bytes = count + 1, num_bytes + len(frame)
                 crc = google_crc32c.extend(crc, frame)
             file.flush()
             os.fsync(file.fileno())
-        if not count:
-            raise UserError(f"{path}: no records to write")
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot write the shard: {error.strerror or error}") from error
+    except _IterationError as error:
+        raise error.cause from None
     finally:
         with contextlib.suppress(OSError):  # gone after the rename; never there if opening failed
             temporary.unlink()
     return ShardInfo(count, num_bytes, crc)
+
+
+class _IterationError(Exception):
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
+
+
+def _apart(records: Iterable[Record]) -> Iterator[Record]:
+    """Yields the records, and keeps the iterable's own `OSError`s apart from those of writing."""
+    try:
+        yield from records
+    except OSError as error:
+        raise _IterationError(error) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -454,7 +468,7 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of one split of a dataset, in order, with their numbers of records."""
+    """The shards of one split of a dataset that hold records, in order, and how many they hold."""
 
     paths: tuple[Path, ...]
     counts: tuple[int, ...]
@@ -544,12 +558,14 @@ def read_split(folder: str | os.PathLike[str], split: str = "train") -> Split:
     if split not in counts_of:
         raise UserError(f"{path}: no split {split!r}; it has {', '.join(sorted(counts_of))}")
     counts = counts_of[split]
-    if not counts or not all(counts):
-        raise UserError(f"{path}: split {split!r} has an empty shard or none; run data_gen again")
-    paths = tuple(
-        Path(folder) / shard_name(dataset, split, i, len(counts)) for i in range(len(counts))
-    )
-    for shard in paths:
+    if not any(counts):
+        raise UserError(f"{path}: split {split!r} has no records; run data_gen again")
+    shards = {
+        Path(folder) / shard_name(dataset, split, i, len(counts)): count
+        for i, count in enumerate(counts)
+    }
+    for shard in shards:
         if not shard.is_file():
             raise UserError(f"{shard}: the shard is missing; run data_gen again")
-    return Split(paths, counts)
+    filled = {shard: count for shard, count in shards.items() if count}
+    return Split(tuple(filled), tuple(filled.values()))

@@ -12,16 +12,20 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
+from bootpig_jax.data.pictures import (
+    MIN_SIDE,
+    WHITE,
+    PictureError,
+    check_size,
+    open_picture,
+    to_rgb,
+)
 from bootpig_jax.errors import UserError
 
 Segmenter = Literal["auto", "alpha", "keying", "grabcut", "none"]
 SEGMENTERS: tuple[str, ...] = get_args(Segmenter)
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 64_000_000  # beyond this a small file can fill the memory when decoded
-MIN_SIDE = 8
 
 # Keying: how far (largest channel difference, of 255) a background pixel may be from the border's
 # colour, and how much of the border has to be that near.
@@ -31,42 +35,22 @@ KEYING_BORDER = 0.8
 GRABCUT_BORDER = 0.04
 GRABCUT_SIDE = 512
 MARGIN = 0.05  # white around the cut-out, as a part of its longer side
-WHITE = 255
 
 
 def open_reference(path: str | Path) -> Image.Image:
     """Opens and decodes a picture file.
 
     Raises:
-        UserError: it is missing, too large, damaged, or of another format than `FORMATS`.
+        UserError: it is missing or refused (see `bootpig_jax.data.pictures`).
     """
     try:
-        image = Image.open(path, formats=FORMATS)
-        check_size(image, str(path))
-        image.load()
+        return open_picture(Path(path))
     except FileNotFoundError:
         raise UserError(f"reference {path}: no such file") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"reference {path}: {_too_large()}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"reference {path}: cannot be read ({reason}); use one of {', '.join(FORMATS)}"
-        ) from None
-    return image
-
-
-def check_size(image: Image.Image, name: str) -> None:
-    """Refuses a picture by its header, before it is decoded.
-
-    Raises:
-        UserError: a side is too short, or there are too many pixels.
-    """
-    width, height = image.size
-    if min(width, height) < MIN_SIDE:
-        raise UserError(f"reference {name}: {width}x{height} is too small; {MIN_SIDE} is the least")
-    if width * height > MAX_PIXELS:
-        raise UserError(f"reference {name}: {_too_large()}")
+    except OSError as error:
+        raise UserError(f"reference {path}: cannot be read ({error.strerror})") from None
+    except PictureError as error:
+        raise UserError(f"reference {path}: {error}") from None
 
 
 def prepare_reference(
@@ -93,29 +77,15 @@ def prepare_reference(
     Raises:
         UserError: too small, too large, no alpha where it is asked for, or no subject found.
     """
-    check_size(image, name)
-    rgb, alpha = to_rgb(image)
+    try:
+        check_size(image)
+        rgb, alpha = to_rgb(image)
+    except PictureError as error:
+        raise UserError(f"reference {name}: {error}") from None
     if segmenter != "none":
         mask = find_mask(rgb, alpha, segmenter, name)
         rgb = crop(np.where(mask[..., None], rgb, WHITE).astype(np.uint8), mask)
     return fit(rgb, height, width).astype(np.float32) / 127.5 - 1
-
-
-def to_rgb(
-    image: Image.Image,
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"] | None]:
-    """Upright RGB pixels on white, and the alpha channel if the picture has one."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16 bits: PIL's own conversion would saturate.
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB")), None
-    rgba = image.convert("RGBA")
-    canvas = Image.new("RGBA", rgba.size, (WHITE, WHITE, WHITE, 255))
-    on_white = Image.alpha_composite(canvas, rgba).convert("RGB")
-    return np.asarray(on_white), np.asarray(rgba.getchannel("A"))
 
 
 def find_mask(
@@ -232,10 +202,6 @@ def prepare_references(
             for number, image in enumerate(images, start=1)
         ]
     )
-
-
-def _too_large() -> str:
-    return f"more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller"
 
 
 def _border(values: np.ndarray) -> np.ndarray:
