@@ -23,17 +23,20 @@ class BootPIG(nnx.Module):
     Args:
         base: ``theta``, which draws.
         reference: ``phi``, which reads the references; it must own its parameters.
+        remat: whether the backward pass computes what is inside the blocks again, instead of
+            keeping it: less memory, and a forward pass more in each backward pass.
     """
 
-    def __init__(self, base: UNet, reference: UNet):
+    def __init__(self, base: UNet, reference: UNet, *, remat: bool = False):
         self.base = base
         self.reference = reference
+        base.remat = reference.remat = remat
 
     @classmethod
-    def from_unet(cls, unet: UNet) -> Self:
+    def from_unet(cls, unet: UNet, *, remat: bool = False) -> Self:
         """``phi = theta``, in buffers of its own: shared ones can't be donated."""
         graph, state = nnx.split(unet)
-        return cls(unet, nnx.merge(graph, jax.tree.map(jnp.copy, state)))
+        return cls(unet, nnx.merge(graph, jax.tree.map(jnp.copy, state)), remat=remat)
 
 
 def reference_features(

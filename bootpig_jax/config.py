@@ -146,6 +146,11 @@ class TrainConfig(ConfigModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation and of the frozen weights. Trained weights are float32. `auto` is bfloat16
     on accelerators and float32 on CPUs."""
+    remat: bool = False
+    """Whether the backward pass computes what is inside the UNets' blocks again: less memory, a
+    quarter to a third more work. `--plan` says how much less."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a running average of the trained weights, which is then exported in their place."""
     trainable: TrainableConfig = TrainableConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     reference_dropout: Probability = 0.15

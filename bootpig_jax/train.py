@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> None:
         reference_caption=config.reference_caption,
     )
     graphs, trainable, frozen = take_apart(
-        model, BootPIG.from_unet(model.unet), config.trainable, dtype
+        model, BootPIG.from_unet(model.unet, remat=config.remat), config.trainable, dtype
     )
     tokenizer = model.tokenizer
     del model  # Its float32 arrays would stay in memory beside the frozen ones.
@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> None:
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
     frozen = place(frozen, partition_specs(frozen, mesh, min_size), mesh)
-    state = init_state(trainable, optimizer, mesh, min_size)
+    state = init_state(trainable, optimizer, mesh, min_size, ema=config.ema_decay is not None)
     del trainable
     train_step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
 
@@ -172,7 +172,8 @@ def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Con
     What was not trained is read from the base checkpoint again: in memory it may be rounded to
     bfloat16.
     """
-    trained = place(state.trainable, jax.tree.map(lambda _: P(), state.trainable), mesh)
+    averaged = state.trainable if config.ema_decay is None else state.ema
+    trained = place(averaged, jax.tree.map(lambda _: P(), averaged), mesh)
     if jax.process_index() == 0:
         allow_pickle = config.model.allow_pickle
         base = find_model(config.model.base, allow_pickle=allow_pickle)

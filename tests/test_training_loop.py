@@ -55,13 +55,13 @@ def train(config: TrainConfig, broken: set[int], saves: Saves) -> None:
             "loss_in_bucket": jnp.full(10, loss / 10).at[3].set(0),
             "bucket_count": jnp.full(10, 0.1).at[3].set(0),
         }
-        return TrainState(state.step + 1, {}, ()), metrics
+        return TrainState(state.step + 1, {}, (), {}), metrics
 
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with MetricLogger(config, first_step=0) as logger:
         run_steps(
             train_step,
-            TrainState(jnp.zeros((), jnp.int32), {}, ()),
+            TrainState(jnp.zeros((), jnp.int32), {}, (), {}),
             None,
             iter(lambda: {}, None),
             lambda batch: batch,
@@ -107,7 +107,7 @@ def hang(config: TrainConfig) -> None:
 
     run_steps(
         lambda *arguments: arguments,  # type: ignore[arg-type, return-value]
-        TrainState(jnp.zeros((), jnp.int32), {}, ()),
+        TrainState(jnp.zeros((), jnp.int32), {}, (), {}),
         None,  # type: ignore[arg-type]
         never(),  # type: ignore[arg-type]
         lambda batch: batch,  # type: ignore[arg-type, return-value]

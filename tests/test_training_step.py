@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bootpig_jax.bootpig import BootPIG
 from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
@@ -36,6 +37,7 @@ from bootpig_jax.training.step import (
     bootpig_loss,
     draw,
     encode,
+    first_state,
     init_state,
     make_train_step,
     merge_parameters,
@@ -95,17 +97,26 @@ def configuration(**changes: Any) -> TrainConfig:
 def run(
     parts: Parts, config: TrainConfig, steps: int, devices: int
 ) -> tuple[TrainState, list[Metrics]]:
-    """Trains on one batch; a last update on a batch that is not finite must change nothing."""
+    """Trains on one batch; a last update on a batch that is not finite must change nothing.
+
+    Also follows the running average, if there is one.
+    """
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
-    state = init_state(dict(parts.trainable), optimizer, mesh, min_size)
+    decay = config.ema_decay
+    state = init_state(dict(parts.trainable), optimizer, mesh, min_size, ema=decay is not None)
+    average = {} if decay is None else parts.trainable
     frozen = place(parts.frozen, partition_specs(parts.frozen, mesh, min_size), mesh)
     step = make_train_step(parts.graphs, optimizer, config, mesh, state, frozen)
     history = []
     for _ in range(steps):
         state, metrics = step(state, frozen, place_batch(parts.pictures, mesh))
         history.append(metrics)
+        trained = jax.device_get(state.trainable)
+        average = {n: decay * average[n] + (1 - decay) * trained[n] for n in average}
+    for name in average:
+        np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-7)
     before = jax.device_get(state)
     broken = jax.tree.map(
         lambda leaf: leaf * np.nan if np.issubdtype(leaf.dtype, np.floating) else leaf,
@@ -275,7 +286,12 @@ def test_meshes_and_accumulation_change_nothing(
     encoded_parts, one_device, devices, mesh, accumulation
 ):
     """... and neither does a batch that was encoded before; `one_device` saw the pictures."""
-    config = configuration(accumulation=accumulation, mesh={"fsdp_min_size": 1, **mesh})
+    config = configuration(
+        accumulation=accumulation,
+        mesh={"fsdp_min_size": 1, **mesh},
+        # In one of the cases: it changes nothing else.
+        ema_decay=0.9 if accumulation == 4 else None,
+    )
     state, history = run(encoded_parts, config, steps=3, devices=devices)
     expected_state, expected_history = one_device
     for metrics, expected in zip(history, expected_history, strict=True):
@@ -290,14 +306,23 @@ def test_meshes_and_accumulation_change_nothing(
         )
 
 
+@pytest.mark.long
+def test_rematerialisation_changes_nothing_but_memory(parts, one_device):
+    bootpig = merge_parameters(parts.graphs.bootpig, parts.trainable, parts.frozen.unets)
+    bootpig.base.remat = bootpig.reference.remat = True
+    graphs = dataclasses.replace(parts.graphs, bootpig=nnx.split(bootpig)[0])
+    state, history = run(dataclasses.replace(parts, graphs=graphs), configuration(), 3, 1)
+    for metrics, expected in zip(history, one_device[1], strict=True):
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
+
+
 def test_gradients_are_reduced_once(parts):
     """However many micro-batches: no communication inside the loop over them."""
     config = configuration(accumulation=2, mesh={"data": 4, "fsdp": 2, "fsdp_min_size": 1})
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = jax.eval_shape(
-        lambda t: TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), parts.trainable
-    )
+    state = jax.eval_shape(lambda t: first_state(t, optimizer), parts.trainable)
     step = make_train_step(parts.graphs, optimizer, config, mesh, state, parts.frozen)
     jaxpr = step.trace(state, parts.frozen, parts.pictures).jaxpr
     names = {"psum", "all_gather", "reduce_scatter"}

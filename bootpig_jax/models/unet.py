@@ -153,6 +153,8 @@ class UNet(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
     ):
         self.config = config
+        # Whether the backward pass computes what is inside each block again, instead of keeping it.
+        self.remat = False
         kwargs: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         channels = config.block_out_channels
         levels = len(channels)
@@ -243,12 +245,16 @@ class UNet(nnx.Module):
             The prediction, and the input of each self-attention layer in execution order.
         """
         features: list[Array] = []
+        rematerialised = jax.checkpoint if self.remat else lambda function: function
+
+        def convolve(resnet: ResnetBlock, x: Array) -> Array:
+            return rematerialised(lambda x: resnet(x, time))(x)
 
         def attend(block: UNetBlock, index: int, x: Array) -> Array:
             if not block.attentions:
                 return x
             layer = None if references is None else references.layer(len(features))
-            x, f = block.attentions[index](x, text, layer)
+            x, f = rematerialised(lambda x: block.attentions[index](x, text, layer))(x)
             features.append(f)
             return x
 
@@ -259,20 +265,20 @@ class UNet(nnx.Module):
         skips = [x]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                x = attend(block, i, resnet(x, time))
+                x = attend(block, i, convolve(resnet, x))
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, time)
+        x = convolve(self.mid_block.resnets[0], x)
         x = attend(self.mid_block, 0, x)
-        x = self.mid_block.resnets[1](x, time)
+        x = convolve(self.mid_block.resnets[1], x)
 
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = attend(block, i, resnet(x, time))
+                x = attend(block, i, convolve(resnet, x))
             for upsample in block.upsamplers:
                 x = upsample(x)
 

@@ -42,6 +42,7 @@ from bootpig_jax.training.step import (
     Pictures,
     TrainState,
     cast,
+    first_state,
     make_train_step,
     split_parameters,
 )
@@ -63,7 +64,7 @@ class Plan:
     """What a step takes on one device. Bytes, unless said otherwise.
 
     Attributes:
-        masters: the trained weights, float32.
+        masters: the trained weights, float32, and their average if one is kept.
         moments: the optimiser's state.
         frozen: the weights that are read only.
         batch: the pictures and token ids.
@@ -101,7 +102,7 @@ def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh) -> Plan:
     traced = step.trace(state, frozen, batch)
     memory = traced.lower().compile().memory_analysis()
     return Plan(
-        masters=_bytes_per_device(state.trainable),
+        masters=_bytes_per_device((state.trainable, state.ema)),
         moments=_bytes_per_device(state.optimizer),
         frozen=_bytes_per_device(frozen),
         batch=_bytes_per_device(batch),
@@ -126,7 +127,7 @@ def abstract_step(
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
     state = jax.eval_shape(
-        lambda t: TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trainable
+        lambda t: first_state(t, optimizer, ema=config.ema_decay is not None), trainable
     )
     size, length = config.data.image_size, frozen.empty_text.shape[0]
     separate = config.reference_caption != "target"
@@ -168,7 +169,9 @@ def abstract_parts(config: TrainConfig, dtype: jnp.dtype) -> tuple[Graphs, Param
 
         vae_network = VAE(vae_sizes, rngs=nnx.Rngs(0), dtype=dtype)
         text_network = TextEncoder(text_sizes, rngs=nnx.Rngs(0), dtype=dtype)
-        graphs["bootpig"], trainable, rest = split_parameters(BootPIG(unet(), unet()), selected)
+        graphs["bootpig"], trainable, rest = split_parameters(
+            BootPIG(unet(), unet(), remat=config.remat), selected
+        )
         graphs["vae"], vae, _ = split_parameters(vae_network, lambda path: True)
         graphs["text_encoder"], text, _ = split_parameters(text_network, lambda path: True)
         frozen = Frozen(

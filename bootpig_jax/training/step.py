@@ -167,11 +167,13 @@ class TrainState:
         step: [], how many updates were made.
         trainable: the trained parameters of `BootPIG`, float32.
         optimizer: the state of the optimiser over `trainable`.
+        ema: the running average of `trainable`; empty if none is kept.
     """
 
     step: Array
     trainable: Parameters
     optimizer: optax.OptState
+    ema: Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,13 +384,32 @@ def take_apart(
     return graphs, cast(trained, jnp.float32), frozen
 
 
+def first_state(
+    trainable: Parameters, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      trainable: the trained parameters.
+      optimizer: what `make_optimizer` returns.
+      ema: whether a running average of the parameters is kept.
+    """
+    average = jax.tree.map(jnp.copy, trainable) if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
+
+
 def init_state(
-    trainable: Parameters, optimizer: optax.GradientTransformation, mesh: Mesh, fsdp_min_size: int
+    trainable: Parameters,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    fsdp_min_size: int,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Lays the trained parameters and a new optimiser state out on the mesh."""
 
     def init(trainable: Parameters) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+        return first_state(trainable, optimizer, ema=ema)
 
     trainable = place(trainable, partition_specs(trainable, mesh, fsdp_min_size), mesh)
     specs = partition_specs(jax.eval_shape(init, trainable), mesh, fsdp_min_size)
@@ -488,10 +509,15 @@ def make_train_step(
         # A norm is finite only if every gradient is, and AdamW takes a finite state and finite
         # gradients to a finite state.
         finite = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"])
-        trainable, moments = jax.tree.map(
+        ema = {
+            name: config.ema_decay * average + (1 - config.ema_decay) * trainable[name]
+            for name, average in state.ema.items()
+            if config.ema_decay is not None
+        }
+        trainable, moments, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (trainable, moments),
-            (state.trainable, state.optimizer),
+            (trainable, moments, ema),
+            (state.trainable, state.optimizer, state.ema),
         )
         metrics = {
             "loss": value,
@@ -499,7 +525,7 @@ def make_train_step(
             **norms,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, trainable, moments), metrics
+        return TrainState(state.step + 1, trainable, moments, ema), metrics
 
     return jax.jit(
         step,
