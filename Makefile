@@ -23,7 +23,7 @@ WEIGHTS := bootpig_jax/toyland/weights
 quickstart toyland: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart toyland: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 
-.PHONY: install quickstart toyland test test-tfds test-long lint typecheck format clean
+.PHONY: install quickstart toyland test test-tfds test-long torture bench-train lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -64,7 +64,15 @@ $(INSTALLED_TF): constraints-tf.txt
 	touch $(INSTALLED_TF)
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -rP
+
+# The promises about killed runs, ten times as often: about an hour.
+torture: $(INSTALLED)
+	$(BIN)/python -m pytest -m torture -s
+
+# One training step against the same in PyTorch; not beside other work.
+bench-train: $(INSTALLED)
+	$(BIN)/python -m benchmarks.train --output benchmarks/results/train_cpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

@@ -179,3 +179,28 @@ def pool(
         case _:
             raise ValueError(f"strategy {strategy!r} pools nothing")
     return o + jnp.einsum("bkn,bknc->bnc", weights.astype(o.dtype), difference)
+
+
+def reference_share(
+    q: Float[Array, "b n h d"], k: Float[Array, "b n h d"], k_ref: Float[Array, "b m h d"]
+) -> Float[Array, " b"]:
+    """How much of the attention of RSA (Eq. 3) goes to the reference.
+
+    Args:
+        q: queries.
+        k: keys of the own tokens.
+        k_ref: keys of one reference's tokens.
+
+    Returns:
+        The weights of the reference's tokens summed, in [0, 1], averaged over heads and queries.
+    """
+
+    def of_sample(keys: tuple[Array, Array, Array]) -> Array:
+        q, k, k_ref = keys
+        joined = jnp.concatenate([k, k_ref])
+        scores = jnp.einsum("nhd,mhd->hnm", q, joined, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
+        return jnp.mean(jnp.sum(weights[..., len(k) :], axis=-1))
+
+    # One after the other: all scores of a batch at once would not fit.
+    return jax.lax.map(of_sample, (q, k, k_ref))

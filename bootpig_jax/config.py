@@ -52,6 +52,11 @@ class DataConfig(ConfigModel):
     augmentation: Literal["paper", "release", "none"] = "paper"
     threads: Annotated[int, Field(ge=0, le=256)] = 8
     """Reader threads. The order of the samples does not depend on it."""
+    cache: Path | None = None
+    """A folder that `python -m bootpig_jax.cache_latents` filled: latents and text features are
+    read from it, and a step computes neither."""
+    cache_copies: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Augmented copies of each reference in the cache."""
 
 
 class OptimizerConfig(ConfigModel):
@@ -108,6 +113,18 @@ class SafetyConfig(ConfigModel):
     hang_seconds: Annotated[int, Field(ge=0)] = 1800
     """Seconds without a new step (compiling it included) after which every thread's stack is
     printed and the process ends; 0: never."""
+
+
+class ValidationConfig(ConfigModel):
+    """The loss on triplets that are not trained on."""
+
+    dir: Path | None = None
+    """A folder like `data.dir`, or the same with another split; null: no validation."""
+    split: str = "train"
+    every: Count = 500
+    """Updates between two validations."""
+    samples: Count = 64
+    """How many: the first of the split, each at a timestep of its own, the same each time."""
 
 
 class LoggingConfig(ConfigModel):
@@ -170,6 +187,7 @@ class TrainConfig(ConfigModel):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     safety: SafetyConfig = SafetyConfig()
+    validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @pydantic.model_validator(mode="after")

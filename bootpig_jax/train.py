@@ -11,9 +11,13 @@ Writes to `output_dir`:
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +33,19 @@ from bootpig_jax.checkpoints.diffusers import (
     save_unet,
 )
 from bootpig_jax.config import TrainConfig
+from bootpig_jax.data.cache import Contents, make_cached_loader
 from bootpig_jax.data.pipeline import dataset_fingerprint, first_examples, make_loader
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.training.checkpointing import Checkpoints
 from bootpig_jax.training.distributed import join_processes
-from bootpig_jax.training.loop import make_draw_grid, run_steps, to_pictures
+from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
 from bootpig_jax.training.metrics import MetricLogger
 from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.plan import plan, report
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
 from bootpig_jax.training.step import (
+    Batch,
     TrainState,
     init_state,
     make_train_step,
@@ -47,6 +53,7 @@ from bootpig_jax.training.step import (
     split_parameters,
     take_apart,
 )
+from bootpig_jax.training.validation import make_validation
 from bootpig_jax.yaml_config import dump_config, parse_command_line
 
 
@@ -84,23 +91,36 @@ def train(config: TrainConfig) -> None:
     # 3. On the devices.
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
+    encodes = config.data.cache is None or config.validation.dir is not None
+    if not encodes and not config.logging.grid_every:
+        frozen = dataclasses.replace(frozen, vae={}, text_encoder={})  # Nobody reads them.
     frozen = place(frozen, partition_specs(frozen, mesh, min_size), mesh)
     state = init_state(trainable, optimizer, mesh, min_size, ema=config.ema_decay is not None)
     del trainable
     train_step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
 
     # 4. The data.
-    loader = make_loader(
-        config.data.dir,
-        split=config.data.split,
-        batch_size=config.batch_size // jax.process_count(),
-        image_size=config.data.image_size,
-        augmentation=config.data.augmentation,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.threads,
-    )
+    share: dict[str, Any] = {
+        "batch_size": config.batch_size // jax.process_count(),
+        "seed": config.seed,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "num_threads": config.data.threads,
+    }
+    loader: grain.DatasetIterator[Any]
+    prepare: Callable[[Any], Batch]
+    if config.data.cache is None:
+        loader = make_loader(
+            config.data.dir,
+            split=config.data.split,
+            image_size=config.data.image_size,
+            augmentation=config.data.augmentation,
+            **share,
+        )
+        prepare = partial(to_pictures, tokenizer=tokenizer, conditioning=conditioning)
+    else:
+        loader = make_cached_loader(config.data.cache, cache_contents(config), **share)
+        prepare = to_encoded
     # Read also where no grid is wanted: a dataset that does not fit is found before training.
     examples = first_examples(
         config.data.dir,
@@ -113,6 +133,17 @@ def train(config: TrainConfig) -> None:
         draw_grid = make_draw_grid(
             graphs, frozen, tokenizer, examples, conditioning, config.logging
         )
+
+    validate = None
+    if config.validation.dir is not None:
+        held_out = first_examples(
+            config.validation.dir,
+            split=config.validation.split,
+            count=config.validation.samples,
+            image_size=config.data.image_size,
+        )
+        pictures = to_pictures(held_out, tokenizer, conditioning)
+        validate = make_validation(graphs, frozen, pictures, config, mesh)
 
     # 5. Resume, then train.
     first = jax.process_index() == 0
@@ -129,12 +160,13 @@ def train(config: TrainConfig) -> None:
                 state,
                 frozen,
                 loader,
-                lambda batch: to_pictures(batch, tokenizer, conditioning),
+                prepare,
                 config=config,
                 mesh=mesh,
                 checkpoints=checkpoints,
                 logger=logger,
                 draw_grid=draw_grid,
+                validate=validate,
             )
     if not complete:
         say(f"stopped at step {int(state.step)}, saved; the same command goes on from here")
@@ -143,6 +175,21 @@ def train(config: TrainConfig) -> None:
     # 6. The result.
     export(config, state, mesh, conditioning)
     say(f"exported to {config.output_dir}")
+
+
+def cache_contents(config: TrainConfig) -> Contents:
+    """Returns what a cache must be made of for this run."""
+    return Contents(
+        model=config.model.base,
+        data_fingerprint=dataset_fingerprint(config.data.dir, config.data.split),
+        split=config.data.split,
+        image_size=config.data.image_size,
+        augmentation=config.data.augmentation,
+        reference_caption=config.reference_caption,
+        copies=config.data.cache_copies,
+        seed=config.seed,
+        precision=compute_dtype(config).name,
+    )
 
 
 def check_image_size(image_size: int, model: StableDiffusion) -> None:

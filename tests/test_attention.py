@@ -16,6 +16,7 @@ from bootpig_jax.attention import (
     attention,
     pool,
     reference_self_attention,
+    reference_share,
 )
 
 B, K, N, M, H, D = 3, 3, 10, 7, 2, 8
@@ -230,3 +231,14 @@ def test_attention_in_blocks_is_attention(monkeypatch):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), blocked, expected
         )
+
+
+def test_reference_share_is_the_weight_of_the_references_keys():
+    q, k, k_ref = (jnp.asarray(x) for x in (Q, KEY, K_REFS[:, 0]))
+    share = reference_share(q, k, k_ref)
+    for b in range(B):
+        keys = np.concatenate([KEY[b], K_REFS[b, 0]])
+        scores = np.exp(np.einsum("nhd,mhd->hnm", Q[b], keys) / np.sqrt(D))
+        expected = scores[..., N:].sum(-1) / scores.sum(-1)
+        np.testing.assert_allclose(share[b], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(reference_share(q, k, k), 0.5, rtol=1e-6)

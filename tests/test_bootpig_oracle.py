@@ -177,7 +177,7 @@ def loss_and_gradients(
     def loss(trained: Parameters) -> tuple[jax.Array, jax.Array]:
         bootpig = compiled(merge_parameters(graph, trained, frozen))
         empty = jnp.asarray(EMPTY_TEXT)
-        losses = bootpig_loss(bootpig, encoded, empty, draws, case.schedule, **case.options)
+        losses, _ = bootpig_loss(bootpig, encoded, empty, draws, case.schedule, **case.options)
         return jnp.mean(losses), losses
 
     gradients, losses = jax.grad(loss, has_aux=True)(trained)

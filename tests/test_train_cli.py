@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import bootpig_jax.train
 from bootpig_jax.errors import UserError
+from bootpig_jax.training.metrics import read_history
 from tests.training_helpers import save_tiny_data
 
 STEPS = 5
@@ -42,6 +43,7 @@ reference_caption: first_clause
 reference_key_scale: 1.1
 checkpoint: {{every: 2, keep: 9}}
 logging: {{every: 2, grid_every: 5, grid_steps: 2, grid_references: 2}}
+validation: {{dir: {data}, every: 4, samples: 20}}
 """)
     return ["--config", str(path)]
 
@@ -71,6 +73,13 @@ def test_exports_what_was_trained(trained, model_folder):
     }
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["2", "4", "5"]
     assert "reference_caption: first_clause" in (trained / "config.yaml").read_text()
+    rows = [row for row in read_history(trained) if row["group"] == "validation"]
+    assert [row["step"] for row in rows] == [4]
+    layers = sum(".attn1.to_q." in name for name in start)
+    shares = [rows[0][f"reference_share_{layer:02d}"] for layer in range(layers)]
+    assert all(0 < share < 1 for share in shares)
+    # 16 of the 20 samples, two batches, at timesteps from all tenths but the last.
+    assert {f"loss_t{t}0-{t + 1}0" for t in range(8)} <= rows[0].keys() and rows[0]["loss"] > 0
     (events,) = (trained / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
 
@@ -80,14 +89,14 @@ def test_resumed_after_sigterm_equals_uninterrupted(
 ):
     prepare, calls = bootpig_jax.train.to_pictures, []
 
-    def prepare_and_kill(*args: Any) -> Any:
+    def prepare_and_kill(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return prepare(*args)
+        return prepare(*args, **kwargs)
 
     monkeypatch.setattr(bootpig_jax.train, "to_pictures", prepare_and_kill)
-    arguments = [*arguments, "logging.grid_every=0"]
+    arguments = [*arguments, "logging.grid_every=0", "validation.dir=null"]
     output = train(arguments, tmp_path / "run")
     assert "stopped at step 3, saved" in capsys.readouterr().err
     assert not (output / "ref_unet").exists()

@@ -165,7 +165,7 @@ def loss_and_gradients(parts: Parts) -> Callable[..., Any]:
     """(parameters, encoded, draws) -> ((loss, losses), gradients), `same` timestep."""
 
     def loss(parameters: Parameters, encoded: Encoded, draws: Draws) -> tuple[Any, Any]:
-        losses = bootpig_loss(
+        losses, _ = bootpig_loss(
             merge_parameters(parts.graphs.bootpig, parameters),
             encoded,
             parts.frozen.empty_text,
@@ -248,7 +248,7 @@ def test_clean_references_are_not_noised(parts):
             draws,
             parts.graphs.schedule,
             reference_timestep=0,
-        )
+        )[0]
 
     def losses(draws: Draws) -> Any:
         return losses_of(all_parameters(parts), random_encoded(0), draws)

@@ -113,6 +113,41 @@ def first_examples(
     )
 
 
+def read_copies(
+    source: RecordSource,
+    rows: Sequence[int],
+    *,
+    copies: int,
+    image_size: int,
+    augmentation: AugmentationKind,
+    seed: int,
+) -> list[Batch]:
+    """Reads records in stored order, several times with other augmentations.
+
+    Args:
+      source: the dataset.
+      rows: which records.
+      copies: how many batches; they differ in the references alone.
+      image_size: as in `make_loader`.
+      augmentation: as in `make_loader`.
+      seed: with it and a record's row, the number of a copy decides the augmentation.
+
+    Raises:
+      UserError: if a record is damaged.
+    """
+    decode, augment = _Decode(image_size), _Augment(image_size, augmentation)
+    decoded = [decode(source[row]) for row in rows]
+    return [
+        _to_batch(
+            [
+                augment(record, np.random.default_rng((seed, row, copy)))
+                for row, record in zip(rows, decoded, strict=True)
+            ]
+        )
+        for copy in range(copies)
+    ]
+
+
 def num_records(data_dir: str | os.PathLike[str], split: str = "train") -> int:
     """The number of records of a split, from its metadata.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float
 
-from bootpig_jax.attention import Strategy, attend_to_references, attention
+from bootpig_jax.attention import Strategy, attend_to_references, attention, reference_share
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -195,6 +195,15 @@ class Attention(nnx.Module):
             references.strategy,
             references.keep,
         )
+
+    def reference_share(
+        self, f: Float[Array, "b n c"], f_ref: Float[Array, "b m c"], key_scale: float
+    ) -> Float[Array, " b"]:
+        """How much of its attention goes to one reference; see `attention.reference_share`."""
+        q, k, k_ref = (
+            self._split_heads(x) for x in (self.to_q(f), self.to_k(f), self.to_k(key_scale * f_ref))
+        )
+        return reference_share(q, k, k_ref)
 
     def _split_heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)

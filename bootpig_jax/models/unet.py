@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from bootpig_jax.errors import UserError
 from bootpig_jax.models.blocks import (
+    Attention,
     Downsample,
     GroupNorm,
     References,
@@ -284,6 +285,15 @@ class UNet(nnx.Module):
 
         prediction = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
         return prediction, tuple(features)
+
+    def self_attentions(self) -> list[Attention]:
+        """The self-attention layers in execution order: that of the features a call returns."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [
+            attention.transformer_blocks[0].attn1
+            for block in blocks
+            for attention in block.attentions
+        ]
 
 
 def _check_kind(kind: str, side: str, known: tuple[str, ...]) -> None:

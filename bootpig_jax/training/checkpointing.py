@@ -50,6 +50,7 @@ FREE_FIELDS = (
     "output_dir",
     "safety",
     "steps",
+    "validation",
 )
 ITEMS = ("state", "data", "run")
 MANIFEST = "manifest.json"

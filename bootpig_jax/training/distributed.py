@@ -30,6 +30,8 @@ def join_processes() -> None:
         raise UserError(
             "JAX_COORDINATOR_ADDRESS: set JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"
         )
+    if jax.distributed.is_initialized():
+        return
     try:
         jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
@@ -37,6 +39,8 @@ def join_processes() -> None:
             raise UserError(f"the run's processes cannot be joined: {error}") from None
         # Nobody launched several: the usual case.
     except RuntimeError as error:
+        if not told and "must be called before" in str(error):
+            return  # Called by a program that has used JAX before: it would have joined by now.
         reason = str(error).splitlines()[0]
         raise UserError(f"the run's processes cannot be joined: {reason}") from None
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grain
 import jax
@@ -23,23 +24,27 @@ from bootpig_jax.bootpig import BootPIG
 from bootpig_jax.checkpoints.tokenizer import Tokenizer
 from bootpig_jax.config import LoggingConfig, TrainConfig
 from bootpig_jax.data import pipeline
+from bootpig_jax.data.cache import CachedBatch
 from bootpig_jax.diffusion.solvers import make_solver
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.denoise import denoise_with_references
 from bootpig_jax.training.checkpointing import Checkpoints
-from bootpig_jax.training.metrics import MetricLogger, picture_grid
+from bootpig_jax.training.metrics import MetricLogger, picture_grid, summary
 from bootpig_jax.training.sharding import place_batch
 from bootpig_jax.training.step import (
     Batch,
+    Encoded,
     Frozen,
     Graphs,
     Metrics,
     Pictures,
+    Posterior,
     TrainState,
     encode,
     merge_parameters,
 )
+from bootpig_jax.training.validation import Validate
 
 TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 DrawGrid = Callable[[TrainState], UInt8[np.ndarray, "H W 3"]]
@@ -65,18 +70,29 @@ def to_pictures(
     )
 
 
+def to_encoded(batch: CachedBatch) -> Encoded:
+    """Turns what the cached loader yields into what the step takes."""
+    return Encoded(
+        target=Posterior(batch["target"][:, 0], batch["target"][:, 1]),
+        reference=Posterior(batch["reference"][:, 0], batch["reference"][:, 1]),
+        text=batch["text"],
+        reference_text=batch.get("reference_text"),
+    )
+
+
 def run_steps(
     train_step: TrainStep,
     state: TrainState,
     frozen: Frozen,
     loader: grain.DatasetIterator,
-    prepare: Callable[[pipeline.Batch], Batch],
+    prepare: Callable[[Any], Batch],
     *,
     config: TrainConfig,
     mesh: Mesh,
     checkpoints: Checkpoints,
     logger: MetricLogger,
     draw_grid: DrawGrid | None = None,
+    validate: Validate | None = None,
 ) -> tuple[TrainState, bool]:
     """Trains until `config.steps` updates are made or the process is asked to end.
 
@@ -91,6 +107,7 @@ def run_steps(
       checkpoints: open.
       logger: open.
       draw_grid: draws samples of a state, every `config.logging.grid_every` updates.
+      validate: measures a state on held-out samples, every `config.validation.every` updates.
 
     Returns:
       The state, saved, and whether the run is complete.
@@ -114,6 +131,8 @@ def run_steps(
                     )
             if step % config.checkpoint.every == 0:
                 checkpoints.save(state, loader)
+            if validate is not None and step % config.validation.every == 0:
+                logger.scalars(step, "validation", summary(validate(state)))
             grid_every = config.logging.grid_every
             if draw_grid is not None and grid_every and step % grid_every == 0:
                 logger.image(step, "samples", draw_grid(state))

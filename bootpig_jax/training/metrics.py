@@ -119,7 +119,11 @@ class MetricLogger:
         return fetched
 
     def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
-        """Writes values of one step: a line of the history, and a curve for each elsewhere."""
+        """Writes values of one step: a line of the history, and a curve for each elsewhere.
+
+        The time it took to get others than the training's own does not count as training.
+        """
+        self._since = time.perf_counter()
         if not self._active:
             return
         self._history.write(json.dumps({"step": step, "group": group, **values}) + "\n")
@@ -149,11 +153,13 @@ def summary(updates: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Averages the metrics of several updates.
 
     Args:
-      updates: what the step returned for each (`training.step.make_train_step`).
+      updates: what the step returned for each (`training.step.make_train_step`), or what a
+        validation returned for each batch.
 
     Returns:
       Means over the updates that were not skipped; `loss_t<from>-<to>` for each tenth of the
-      timesteps that was drawn, in percent of T; `skipped`, a count.
+      timesteps that was drawn, in percent of T; of a validation, `reference_share` and
+      `reference_share_<layer>`; `skipped`, a count.
     """
     good = [update for update in updates if not update["skipped"]]
     result = {"skipped": float(len(updates) - len(good))}
@@ -161,6 +167,7 @@ def summary(updates: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         return result
     means = {name: np.mean([update[name] for update in good], axis=0) for name in good[0]}
     losses, counts = means.pop("loss_in_bucket"), means.pop("bucket_count")
+    shares = means.pop("reference_share", np.zeros(0))
     del means["skipped"]
     width = 100 // TIMESTEP_BUCKETS
     by_timestep = {
@@ -168,7 +175,10 @@ def summary(updates: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
         for bucket, (loss, count) in enumerate(zip(losses, counts, strict=True))
         if count
     }
-    return {name: float(mean) for name, mean in means.items()} | by_timestep | result
+    by_layer = {f"reference_share_{layer:02d}": float(s) for layer, s in enumerate(shares)}
+    if by_layer:
+        by_layer["reference_share"] = float(np.mean(shares))
+    return {name: float(mean) for name, mean in means.items()} | by_timestep | by_layer | result
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ from bootpig_jax.training.sharding import (
 )
 
 Metrics = dict[str, Array]
+Features = tuple[Array, ...]
 TIMESTEP_BUCKETS = 10
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -254,8 +255,8 @@ def bootpig_loss(
     reference_timestep: Literal["same", 0] = "same",
     reference_key_scale: float = 1.0,
     dtype: jnp.dtype = jnp.float32,
-) -> Float[Array, " b"]:
-    """Returns each sample's loss: Eq. 1 with the dropouts of §3.3 and Algorithm 1.
+) -> tuple[Float[Array, " b"], tuple[Features, Features]]:
+    """Computes each sample's loss: Eq. 1 with the dropouts of §3.3 and Algorithm 1.
 
     Args:
       bootpig: both UNets.
@@ -266,6 +267,11 @@ def bootpig_loss(
       reference_timestep: `same`: references are noised to the target's t. 0: they stay clean.
       reference_key_scale: factor on the reference tokens that feed the keys.
       dtype: of the UNets' inputs. The loss is computed in float32.
+
+    Returns:
+      The losses; and the inputs of the self-attention layers in execution order, of the Base UNet
+      [b, n, d] and of the Reference UNet [b, 1, n, d]. Where nobody uses these, the compiler drops
+      them.
     """
     target = encoded.target.sample(draws.target_posterior)
     reference = encoded.reference.sample(draws.reference_posterior)
@@ -284,7 +290,7 @@ def bootpig_loss(
     )
     text = jnp.where(draws.keep_caption[:, None, None], encoded.text, empty_text)
     noised = add_noise(schedule, target, draws.target_noise, draws.t)
-    prediction, _ = bootpig.base(
+    prediction, base_features = bootpig.base(
         noised.astype(dtype),
         draws.t,
         text.astype(dtype),
@@ -292,7 +298,7 @@ def bootpig_loss(
     )
     truth = training_target(schedule, target, draws.target_noise, draws.t)
     error = prediction.astype(jnp.float32) - truth
-    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3)), (base_features, features)
 
 
 def loss_by_timestep(
@@ -457,7 +463,7 @@ def make_train_step(
                     batch,
                 )
             )
-        losses = bootpig_loss(
+        losses, _ = bootpig_loss(
             merge_parameters(graphs.bootpig, trainable, frozen.unets),
             batch,
             frozen.empty_text,
