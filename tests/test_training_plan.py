@@ -72,6 +72,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, fl
     return {line[2:46].strip(): float(line[46:]) for line in lines if line.startswith("  ")}
 
 
+@pytest.mark.long
 def test_the_command_prints_a_plan_and_trains_nothing(model_folder, capsys, tmp_path):
     arguments = [f"model.base={model_folder}", "data.image_size=16", "batch_size=8"]
     plan = planned(capsys, *arguments, "precision=float32")
