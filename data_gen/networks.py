@@ -48,8 +48,8 @@ def inference(config: MasksConfig) -> Iterator[torch.device]:
         ) from None
 
 
-def find_device(name: str) -> torch.device:
-    """Returns the device of `masks.device`.
+def find_device(name: str, field: str = "masks.device") -> torch.device:
+    """Returns the device that a field of the configuration names.
 
     Raises:
       UserError: there is no such device.
@@ -58,7 +58,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"masks.device: there is no {name} here: use cpu or auto")
+        raise UserError(f"{field}: there is no {name} here: use cpu or auto")
     return device
 
 

@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from bootpig_jax.data.pictures import square
 from bootpig_jax.errors import UserError
 from data_gen.config import PicturesConfig
+from data_gen.networks import find_device
 from data_gen.stages import Rejected
 
 _SCHEDULERS: dict[str, Any] = {
@@ -65,7 +66,7 @@ class DiffusionPictures:
         """
         assert config.model is not None  # the configuration sees to it
         self._config = config
-        device = _device(config.device)
+        device = find_device(config.device, "pictures.device")
         folder = _find(config.model, config, "pictures.model")
         self.model_hash = hash_model(folder, config.variant)
         self._pipeline = _load(folder, config, "pictures.model")
@@ -287,15 +288,6 @@ def _load_refiner(folder: Path, config: PicturesConfig, base: Any) -> Any:
             f"pictures.refiner.model: {folder} holds a {type(refiner).__name__}, no refiner"
         )
     return refiner
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"pictures.device: there is no {name} here: use cpu or auto")
-    return device
 
 
 def _one_line(error: Exception) -> str:
