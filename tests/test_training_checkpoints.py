@@ -172,6 +172,16 @@ def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
 
 
+def test_a_step_that_lost_its_manifest_does_not_get_another(tmp_path):
+    states = two_steps(tmp_path)
+    (tmp_path / "checkpoints/0/manifest.json").unlink()
+    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+        state = checkpoints.restore(new_state(), numbers())
+        checkpoints.save(_advance(state), numbers())
+    assert not (tmp_path / "checkpoints/0/manifest.json").exists()
+    assert (tmp_path / "checkpoints/2/manifest.json").exists() and states[1].step == 1
+
+
 def test_never_from_scratch_where_every_step_is_damaged(tmp_path):
     two_steps(tmp_path)
     rng = np.random.default_rng(0)
@@ -188,20 +198,15 @@ def test_a_full_disk_leaves_the_last_good_step(tmp_path, monkeypatch):
     states = two_steps(tmp_path)
     state = new_state(width=4096)  # of more than the limit
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = _advance(_advance(state))
     with pytest.raises(UserError, match="cannot be written .* the last good one is step 1"):
-        with Checkpoints(configuration(tmp_path), "f") as checkpoints:
-            try:
+        try:
+            with Checkpoints(configuration(tmp_path), "f") as checkpoints:
                 # Writes beyond it fail, as on a full disk.
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limit[1]))
-                for _ in range(2):
-                    state = _advance(state)
-                state = _advance(state)
                 checkpoints.save(state, numbers())
-                checkpoints._open().wait_until_finished()
-            except Exception as error:
-                raise checkpoints._not_saved(error) from error
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     checkpoints = Checkpoints(configuration(tmp_path), "f")
     assert checkpoints.latest == 1
     with checkpoints:

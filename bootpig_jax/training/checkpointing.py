@@ -228,7 +228,8 @@ class Checkpoints:
         complete and before it renames the folder.
         """
         for step in self._folder.iterdir():
-            if step.is_dir() and not (step / MANIFEST).exists():
+            # Not a complete step that has lost its manifest: nothing vouches for that one.
+            if step.is_dir() and not step.name.isdigit() and not (step / MANIFEST).exists():
                 content = json.dumps(_digests(step), indent=1, sort_keys=True)
                 (step / MANIFEST).write_text(content + "\n", encoding="utf-8")
 
