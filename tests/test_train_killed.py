@@ -119,7 +119,7 @@ def test_killed_runs_end_as_an_uninterrupted_one(model_folder, tmp_path, kills, 
     for name in ("base_unet", "ref_unet"):
         assert (output / name / WEIGHTS).read_bytes() == (whole / name / WEIGHTS).read_bytes()
     print(
-        f"\nR1  SIGKILL during training     {killed} kills, {half_written} of them while a "
-        f"checkpoint was written\n    committed steps lost          0\n    losses that differ"
+        f"\nR1  SIGKILL during training     {killed} kills, {half_written} unfinished "
+        f"checkpoints left\n    committed steps lost          0\n    losses that differ"
         f"            0 of {steps}\n    exported weights              bit-identical"
     )
