@@ -20,10 +20,10 @@ WEIGHTS := bootpig_jax/toyland/weights
 
 # For programs that XLA runs on a CPU: large pages for its large temporary arrays, and the faster
 # of its two ways to run convolutions (1.4 times the training speed on 2 cores).
-quickstart toyland: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-quickstart toyland: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
+quickstart toyland reproduce: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart toyland reproduce: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 
-.PHONY: install quickstart toyland test test-tfds test-long torture bench-train lint typecheck format clean
+.PHONY: install quickstart toyland reproduce test test-tfds test-long torture bench-train lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,10 @@ toyland: $(INSTALLED)
 	mkdir -p $(WEIGHTS)/bootpig
 	cp -r runs/toyland/training/{base_unet,ref_unet,bootpig.json} $(WEIGHTS)/bootpig/
 	$(BIN)/python -m bootpig_jax.toyland.evaluate --cases 256 --output runs/toyland/report.json
+
+# The paper's tables and figures in miniature, or goes on making them.
+reproduce: $(INSTALLED)
+	$(BIN)/python -m bootpig_jax.toyland.reproduce
 
 test: lint typecheck
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -3,15 +3,20 @@
     python -m bootpig_jax.toyland.evaluate --output runs/evaluation/report.json
     python -m bootpig_jax.toyland.evaluate --bootpig runs/toyland --cases 256 --output FILE.json
     python -m bootpig_jax.toyland.evaluate --method text --output FILE.json
+    python -m bootpig_jax.toyland.evaluate --references 1 3 5 --strategy softmax average ...
 
 Every case has its own caption and its own references; as many as fill a batch are drawn together,
-by one compiled program. Writes the report and, beside it with the ending `.png`, a sheet.
+by one compiled program. Writes the report and, beside it with the ending `.png`, a sheet of the
+first way of drawing. Several numbers of references or strategies give one row each, on the same
+cases; one reference is drawn once, since all strategies then are the same.
 
 The intervals are bootstrap intervals over cases: they say how far the figure would move with other
 held-out cases, and nothing about other trainings.
 """
 
 import argparse
+import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +28,8 @@ import pydantic
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from bootpig_jax.attention import STRATEGIES
+from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import ReferenceTimestep
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
@@ -47,6 +54,8 @@ class Result(pydantic.BaseModel):
 
     Attributes:
         name: of the way of drawing.
+        references: how many pictures of the subject were given; 0 for the text alone.
+        strategy: how they were pooled.
         cases: how many were drawn.
         subject_at_16: share of pictures whose subject is nearest to its own reference.
         subject_interval: its 95 % interval.
@@ -59,6 +68,8 @@ class Result(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True)
 
     name: str
+    references: int
+    strategy: str
     cases: int
     subject_at_16: float
     subject_interval: tuple[float, float]
@@ -78,7 +89,13 @@ class Report(pydantic.BaseModel):
 
 
 def sampling_settings(
-    *, steps: int, image_guidance_scale: float, guidance_scale: float, seed: int, batch_size: int
+    *,
+    steps: int,
+    image_guidance_scale: float,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    strategy: str = "softmax",
 ) -> SamplingSettings:
     """Settings for Toyland's cases, whose references are cut out and of the right size already."""
     return SamplingSettings(
@@ -87,6 +104,7 @@ def sampling_settings(
         guidance_scale=guidance_scale,
         seed=seed,
         batch_size=batch_size,
+        strategy=strategy,
         segmenter="none",
         height=SIZE,
         width=SIZE,
@@ -123,10 +141,14 @@ def draw_cases(
     return np.stack([np.asarray(image) for image in images])
 
 
-def summarise(name: str, scores: Scores, seconds: float) -> Result:
+def summarise(
+    name: str, scores: Scores, seconds: float, *, references: int, strategy: str = "softmax"
+) -> Result:
     """Adds the intervals to what `measures.score` found."""
     return Result(
         name=name,
+        references=references,
+        strategy=strategy,
         cases=len(scores.ranks),
         subject_at_16=scores.subject_at_16,
         subject_interval=bootstrap_interval(scores.ranks == 1),
@@ -151,18 +173,26 @@ def bootstrap_interval(correct: Bool[np.ndarray, " n"]) -> tuple[float, float]:
 
 def format_table(results: Sequence[Result]) -> str:
     """The results as a table for the terminal; its first row is what chance gives."""
-    width = max(len(name) for name in ("chance", *(result.name for result in results)))
+    names = [row_name(result) for result in results]
+    width = max(len(name) for name in ("chance", *names))
     lines = [
         f"{'':{width}}  {'subject@16':>23}  {'mean rank':>9}  {'scene@10':>23}  {'seconds':>7}",
         f"{'chance':{width}}  {_share(1 / NUM_CANDIDATES)}  {(NUM_CANDIDATES + 1) / 2:9.1f}"
         f"  {_share(1 / len(SCENES))}",
     ]
     lines += [
-        f"{r.name:{width}}  {_share(r.subject_at_16, r.subject_interval)}  {r.subject_rank:9.1f}"
+        f"{name:{width}}  {_share(r.subject_at_16, r.subject_interval)}  {r.subject_rank:9.1f}"
         f"  {_share(r.scene_at_10, r.scene_interval)}  {r.seconds:7.1f}"
-        for r in results
+        for name, r in zip(names, results, strict=True)
     ]
     return "\n".join(lines)
+
+
+def row_name(result: Result) -> str:
+    """What a row of the table is called."""
+    if result.references < 2:
+        return result.name
+    return f"{result.name}, {result.references} references, {result.strategy}"
 
 
 def _share(value: float, interval: tuple[float, float] | None = None) -> str:
@@ -206,7 +236,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--method", choices=get_args(Method), default="bootpig")
     parser.add_argument("--cases", type=int, default=64, help="how many are drawn")
-    parser.add_argument("--references", type=int, default=1, help="pictures of each subject")
+    parser.add_argument(
+        "--references", type=int, nargs="+", default=[1], help="pictures of each subject"
+    )
+    parser.add_argument("--strategy", nargs="+", choices=STRATEGIES, default=["softmax"])
     parser.add_argument("--reference-timestep", choices=("trained", "same", "0"), default="trained")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--image-guidance", type=float, default=3.0)
@@ -224,45 +257,73 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: an argument is wrong; nothing has been drawn then.
     """
     options = parse_arguments(argv)
-    settings = sampling_settings(
-        steps=options.steps,
-        image_guidance_scale=options.image_guidance,
-        guidance_scale=options.guidance,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    check_reference_count(options.references)
     if options.output.suffix != ".json":
         raise UserError(f"output: must be a .json file, not {options.output}")
+    text_alone = options.method == "text"
+    ways = [(0, "softmax")] if text_alone else list_ways(options.references, options.strategy)
+    settings = [
+        sampling_settings(
+            steps=options.steps,
+            image_guidance_scale=options.image_guidance,
+            guidance_scale=options.guidance,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            strategy=strategy,
+        )
+        for _, strategy in ways
+    ]
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: cannot create its folder: {error.strerror}") from None
     timesteps: dict[str, ReferenceTimestep | None] = {"trained": None, "same": "same", "0": 0}
 
-    cases = make_cases(options.seed, options.cases, options.references)
-    text_alone = options.method == "text"
+    use_compilation_cache()
+    cases = make_cases(options.seed, options.cases, max(options.references))
     bootpig = None if text_alone or options.bootpig == "none" else options.bootpig
     pipeline = BootPIGPipeline.from_pretrained(options.model, bootpig)
-    print("the first batch compiles the program", file=sys.stderr, flush=True)
-    started = time.monotonic()
-    pictures = draw_cases(
-        pipeline,
-        cases,
-        settings,
-        options.method,
-        reference_timestep=timesteps[options.reference_timestep],
-    )
-    seconds = time.monotonic() - started
-    scores = score(pictures, cases)
-
+    print("the first batch of each way compiles a program", file=sys.stderr, flush=True)
     name = "text alone" if text_alone else str(bootpig or "untrained")
-    report = Report(settings=settings, results=(summarise(name, scores, seconds),))
-    options.output.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    sheet = options.output.with_suffix(".png")
-    case_sheet(cases, pictures, scores).save(sheet)
+    results = []
+    for (count, strategy), how in zip(ways, settings, strict=True):
+        # The first m references of a case do not depend on how many there are.
+        given = [dataclasses.replace(c, references=c.references[: max(count, 1)]) for c in cases]
+        started = time.monotonic()
+        pictures = draw_cases(
+            pipeline,
+            given,
+            how,
+            options.method,
+            reference_timestep=timesteps[options.reference_timestep],
+        )
+        seconds = time.monotonic() - started
+        scores = score(pictures, given)
+        results.append(summarise(name, scores, seconds, references=count, strategy=strategy))
+        if len(results) == 1:
+            sheet = case_sheet(cases, pictures, scores)
+
+    report = Report(settings=settings[0], results=tuple(results))
+    sheet.save(options.output.with_suffix(".png"))
+    draft = options.output.with_suffix(".draft")
+    draft.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, options.output)
     print(format_table(report.results))
-    print(f"{options.output}\n{sheet}")
+    print(f"{options.output}\n{options.output.with_suffix('.png')}")
+
+
+def list_ways(references: Sequence[int], strategies: Sequence[str]) -> list[tuple[int, str]]:
+    """Every number of references with every strategy; 1 with the first only: they are all alike.
+
+    Raises:
+        UserError: a number is too small or too large.
+    """
+    for count in references:
+        check_reference_count(count)
+    return [
+        (count, strategy)
+        for count in dict.fromkeys(references)
+        for strategy in (dict.fromkeys(strategies) if count > 1 else strategies[:1])
+    ]
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def draw_and_score(
         pictures = draw_cases(pipeline, [*cases, *shown], settings, method)
         seconds = time.monotonic() - started
         scores = score(pictures[: len(cases)], cases)
-        results.append(summarise(name, scores, seconds))
+        count = 0 if method == "text" else 1
+        results.append(summarise(name, scores, seconds, references=count))
         columns[title] = pictures[len(cases) :]
     folder.mkdir(parents=True, exist_ok=True)
     draw_picture(shown, columns).save(folder / "picture.png")
