@@ -2,8 +2,12 @@
 
 import io
 import struct
+import sys
+import types
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,14 @@ from PIL import Image, ImageDraw
 
 from bootpig_jax.data.pictures import to_rgb
 from bootpig_jax.errors import UserError
-from bootpig_jax.sampling.references import find_mask, open_reference, prepare_reference
+from bootpig_jax.sampling import references
+from bootpig_jax.sampling.references import (
+    find_mask,
+    open_reference,
+    prepare_reference,
+    prepare_references,
+    reference_pictures,
+)
 
 RED, BLUE, WHITE = (200, 30, 40), (30, 60, 200), (255, 255, 255)
 
@@ -154,3 +165,133 @@ def test_files_that_do_not_open(tmp_path: Path) -> None:
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
     assert open_reference(good).size == (60, 60)
+
+
+def test_pictures_are_what_the_model_sees() -> None:
+    images = [disc(), transparent_disc(), disc((48, 64))]
+    pictures = reference_pictures(images, 32, 40)
+    assert pictures.dtype == np.uint8
+    assert pictures.shape == (3, 32, 40, 3)
+    np.testing.assert_array_equal(
+        prepare_references(images, 32, 40), pictures.astype(np.float32) / 127.5 - 1
+    )
+    assert (pictures[:, 0, 0] == 255).all()
+
+
+class FakeRembg(types.ModuleType):
+    """What is used of rembg 2.0: a session by name, and the mask of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__("rembg")
+        self.sessions: list[str] = []
+
+    def new_session(self, model_name: str = "bria-rmbg") -> str:
+        self.sessions.append(model_name)
+        return model_name
+
+    def remove(self, data: Image.Image, *, session: str, only_mask: bool) -> Image.Image:
+        assert (session, only_mask) == ("u2net", True)
+        assert data.mode == "RGB"
+        # Soft, as the network's output is: 200 on the disc, 60 around it.
+        red = np.asarray(data)[..., 0] > 150
+        return Image.fromarray(np.where(red, 200, 60).astype(np.uint8))
+
+
+class FakeHiInterface:
+    """What is used of carvekit 4.1."""
+
+    made = 0
+
+    def __init__(self, *, object_type: str, device: str, fp16: bool, seg_mask_size: int, **_: Any):
+        assert (object_type, device, fp16, seg_mask_size) == ("object", "cpu", False, 640)
+        FakeHiInterface.made += 1
+
+    def __call__(self, images: list[Image.Image]) -> list[Image.Image]:
+        cut = []
+        for image in images:
+            red = (np.asarray(image)[..., 0] > 150) & (np.asarray(image)[..., 1] < 100)
+            image = image.convert("RGBA")
+            image.putalpha(Image.fromarray(np.where(red, 9, 0).astype(np.uint8)))
+            cut.append(image)
+        return cut
+
+
+@pytest.fixture
+def forgotten_models() -> Iterator[None]:
+    """Models that earlier tests loaded are not there, nor are this test's for later ones."""
+    references._rembg.cache_clear()
+    references._carvekit.cache_clear()
+    yield
+    references._rembg.cache_clear()
+    references._carvekit.cache_clear()
+
+
+def put_carvekit(monkeypatch: pytest.MonkeyPatch, interface: Any) -> None:
+    module = types.ModuleType("carvekit.api.high")
+    module.HiInterface = interface  # type: ignore[attr-defined]
+    for name in ("carvekit", "carvekit.api"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "carvekit.api.high", module)
+
+
+@pytest.mark.usefixtures("forgotten_models")
+def test_rembg_is_asked_once_for_a_model_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    rembg = FakeRembg()
+    monkeypatch.setitem(sys.modules, "rembg", rembg)
+    image = disc(background=BLUE)
+    mask = find_mask(np.asarray(image), None, "rembg")
+    np.testing.assert_array_equal(mask, np.asarray(image)[..., 0] > 150)
+    prepare_references([image, image], 32, 32, "rembg")
+    assert rembg.sessions == ["u2net"]
+
+
+@pytest.mark.usefixtures("forgotten_models")
+def test_carvekit_keeps_every_pixel_that_is_not_transparent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_carvekit(monkeypatch, FakeHiInterface)
+    made = FakeHiInterface.made
+    image = noisy_scene()
+    mask = find_mask(np.asarray(image), None, "carvekit")
+    np.testing.assert_array_equal(np.flatnonzero(mask.any(axis=0)), np.arange(24, 56))
+    prepare_references([image, image], 32, 32, "carvekit")
+    assert FakeHiInterface.made == made + 1
+
+
+@pytest.mark.usefixtures("forgotten_models")
+@pytest.mark.parametrize("segmenter", ["rembg", "carvekit"])
+def test_a_segmenter_that_is_not_installed(segmenter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rembg", "carvekit", "carvekit.api", "carvekit.api.high"):
+        monkeypatch.setitem(sys.modules, name, None)  # import now fails, installed or not
+    with pytest.raises(UserError, match=f"segmenter: {segmenter} is not installed.*pip install"):
+        prepare_reference(disc(), 32, 32, segmenter)
+
+
+@pytest.mark.usefixtures("forgotten_models")
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (SystemExit(1), "rembg is not installed"),  # what it does without an ONNX runtime
+        (OSError("no route to host\nretry later"), "rembg failed: no route to host$"),
+        (ValueError(), "rembg failed: ValueError$"),
+    ],
+)
+def test_a_segmenter_that_fails(
+    failure: BaseException, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rembg = FakeRembg()
+
+    def fails(model_name: str) -> str:
+        raise failure
+
+    monkeypatch.setattr(rembg, "new_session", fails)
+    monkeypatch.setitem(sys.modules, "rembg", rembg)
+    with pytest.raises(UserError, match=message):
+        prepare_reference(disc(), 32, 32, "rembg")
+
+
+def test_auto_never_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_rembg", "_carvekit"):
+        monkeypatch.setattr(references, name, lambda: pytest.fail("a model was loaded"))
+    for image in (disc(), transparent_disc(), noisy_scene()):
+        prepare_reference(image, 32, 32, "auto")

@@ -47,7 +47,7 @@ def test_every_training_is_a_valid_configuration_and_no_two_are_alike() -> None:
         assert job.result == config.output_dir / "bootpig.json"
         # Each reads the latents that were made with its own augmentation.
         assert config.data.cache is not None
-        assert config.data.cache.name == f"cache_{config.data.augmentation}"
+        assert config.data.cache.name == f"cache_{config.data.augmentation}_{config.seed}"
     # Nothing but what Table 2 varies, the seed and the folders differs.
     rest = {
         c.model_copy(

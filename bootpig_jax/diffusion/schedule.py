@@ -50,6 +50,12 @@ _FIXED_FIELDS: Mapping[str, object] = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_flow_sigmas": False,
+    "use_lu_lambdas": False,
+    "lambda_min_clipped": -math.inf,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
 }
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from bootpig_jax.checkpoints import release
 from bootpig_jax.errors import UserError
 
 ReferenceTimestep = Literal["same", 0]
@@ -36,13 +37,21 @@ class Conditioning:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Reads `bootpig.json` in `folder`; the defaults if there is none.
+        """Reads `bootpig.json` in `folder`.
+
+        If there is none, these are the defaults, or for weights of the authors' release what that
+        trains with.
 
         Raises:
             UserError: The file is no JSON object, or a field is unknown or has a wrong value.
         """
         path = Path(folder) / FILE_NAME
         if not path.exists():
+            if release.is_release(folder):
+                return cls(
+                    reference_key_scale=release.REFERENCE_KEY_SCALE,
+                    reference_caption="first_clause",
+                )
             return cls()
         try:
             fields: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -2,12 +2,20 @@
 
 The Reference UNet was trained on cut-outs on white. In training the masks come with the data; here
 the picture has to yield one: from its own alpha channel, by keying where the border is of nearly
-one colour, or with GrabCut. No weights are needed for any of them.
+one colour, or with GrabCut. No weights are needed for any of them, and `auto` takes the first that
+the picture is fit for.
+
+Two segmenters with learned weights are used only when asked for, and only if the user has installed
+them; each downloads its weights the first time. `rembg` runs U2-Net (its weights: Apache 2.0; the
+package's default model may not be used commercially, so the name is always given). `carvekit` runs
+TRACER and FBA matting, which the paper's authors used; the package is no longer maintained.
 """
 
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -24,7 +32,7 @@ from bootpig_jax.data.pictures import (
 )
 from bootpig_jax.errors import UserError
 
-Segmenter = Literal["auto", "alpha", "keying", "grabcut", "none"]
+Segmenter = Literal["auto", "alpha", "keying", "grabcut", "rembg", "carvekit", "none"]
 SEGMENTERS: tuple[str, ...] = get_args(Segmenter)
 
 # Keying: how far (largest channel difference, of 255) a background pixel may be from the border's
@@ -36,9 +44,29 @@ GRABCUT_BORDER = 0.04
 GRABCUT_SIDE = 512
 MARGIN = 0.05  # white around the cut-out, as a part of its longer side
 
+REMBG_MODEL = "u2net"
+# The settings of the authors' release.
+CARVEKIT_SETTINGS = {
+    "object_type": "object",
+    "seg_mask_size": 640,
+    "matting_mask_size": 2048,
+    "trimap_prob_threshold": 231,
+    "trimap_dilation": 30,
+    "trimap_erosion_iters": 5,
+}
+INSTALL = {
+    "rembg": 'pip install "rembg[cpu]"',
+    # With its requirements it would bring a web server, and another OpenCV over the one installed.
+    "carvekit": "pip install --no-deps carvekit, beside torch and torchvision",
+}
 
-def open_reference(path: str | Path) -> Image.Image:
+
+def open_reference(path: str | Path, name: str = "reference") -> Image.Image:
     """Opens and decodes a picture file.
+
+    Args:
+        path: of the file.
+        name: what errors call it.
 
     Raises:
         UserError: it is missing or refused (see `bootpig_jax.data.pictures`).
@@ -46,17 +74,17 @@ def open_reference(path: str | Path) -> Image.Image:
     try:
         return open_picture(Path(path))
     except FileNotFoundError:
-        raise UserError(f"reference {path}: no such file") from None
+        raise UserError(f"{name} {path}: no such file") from None
     except OSError as error:
-        raise UserError(f"reference {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{name} {path}: cannot be read ({error.strerror})") from None
     except PictureError as error:
-        raise UserError(f"reference {path}: {error}") from None
+        raise UserError(f"{name} {path}: {error}") from None
 
 
-def prepare_reference(
+def reference_picture(
     image: Image.Image, height: int, width: int, segmenter: Segmenter = "auto", name: str = "image"
-) -> Float32[np.ndarray, "h w 3"]:
-    """The cut-out subject on white, as the Reference UNet wants it.
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The cut-out subject on white: what the Reference UNet will see.
 
     EXIF rotation is applied, every colour mode becomes RGB, alpha is composited on white. Then the
     subject is cut out, cropped, set with a margin on a white canvas of the model's shape, and
@@ -67,15 +95,12 @@ def prepare_reference(
         image: any picture.
         height: of the result, in pixels.
         width: of the result, in pixels.
-        segmenter: `alpha`, `keying`, `grabcut`, `none`, or `auto`: the first of `alpha`, `keying`
-            and `grabcut` that the picture is fit for.
+        segmenter: how the subject is found; see `find_mask`.
         name: what an error calls the picture.
 
-    Returns:
-        The picture in [-1, 1].
-
     Raises:
-        UserError: too small, too large, no alpha where it is asked for, or no subject found.
+        UserError: too small, too large, no alpha where it is asked for, no subject found, or the
+            segmenter is not installed.
     """
     try:
         check_size(image)
@@ -85,7 +110,14 @@ def prepare_reference(
     if segmenter != "none":
         mask = find_mask(rgb, alpha, segmenter, name)
         rgb = crop(np.where(mask[..., None], rgb, WHITE).astype(np.uint8), mask)
-    return fit(rgb, height, width).astype(np.float32) / 127.5 - 1
+    return fit(rgb, height, width)
+
+
+def prepare_reference(
+    image: Image.Image, height: int, width: int, segmenter: Segmenter = "auto", name: str = "image"
+) -> Float32[np.ndarray, "h w 3"]:
+    """`reference_picture` in [-1, 1], as the VAE wants it."""
+    return _to_model(reference_picture(image, height, width, segmenter, name))
 
 
 def find_mask(
@@ -99,11 +131,13 @@ def find_mask(
     Args:
         rgb: the picture on white.
         alpha: its alpha channel, if it has one.
-        segmenter: any but `none`; see `prepare_reference`.
+        segmenter: `alpha`, `keying`, `grabcut`, `rembg`, `carvekit`, or `auto`: the first of
+            `alpha`, `keying` and `grabcut` that the picture is fit for.
         name: what an error calls the picture.
 
     Raises:
-        UserError: `alpha` is asked for and missing, or nothing is found.
+        UserError: `alpha` is asked for and missing, nothing is found, or the segmenter is not
+            installed or fails.
     """
     # A channel that is opaque everywhere says nothing about the subject.
     transparent = alpha is not None and bool((alpha < 128).any())
@@ -119,6 +153,8 @@ def find_mask(
             mask = alpha > 0
         case "keying":
             mask = keying(rgb)
+        case "rembg" | "carvekit":
+            mask = _learned_mask(rgb, segmenter)
         case _:
             mask = grabcut(rgb)
     if not mask.any():
@@ -192,16 +228,76 @@ def fit(
     return np.asarray(canvas)
 
 
-def prepare_references(
+def reference_pictures(
     images: Sequence[Image.Image], height: int, width: int, segmenter: Segmenter = "auto"
-) -> Float32[np.ndarray, "k h w 3"]:
-    """`prepare_reference` for each picture; an error counts them from 1."""
+) -> UInt8[np.ndarray, "k h w 3"]:
+    """`reference_picture` for each picture; an error counts them from 1."""
     return np.stack(
         [
-            prepare_reference(image, height, width, segmenter, name=str(number))
+            reference_picture(image, height, width, segmenter, name=str(number))
             for number, image in enumerate(images, start=1)
         ]
     )
+
+
+def prepare_references(
+    images: Sequence[Image.Image], height: int, width: int, segmenter: Segmenter = "auto"
+) -> Float32[np.ndarray, "k h w 3"]:
+    """`reference_pictures` in [-1, 1], as the VAE wants them."""
+    return _to_model(reference_pictures(images, height, width, segmenter))
+
+
+def _to_model(rgb: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    return rgb.astype(np.float32) / 127.5 - 1
+
+
+def _learned_mask(
+    rgb: UInt8[np.ndarray, "h w 3"], segmenter: Literal["rembg", "carvekit"]
+) -> Bool[np.ndarray, "h w"]:
+    """The mask of a segmenter that somebody else wrote: any failure of it is the user's to see."""
+    try:
+        find = _rembg() if segmenter == "rembg" else _carvekit()
+        mask = find(Image.fromarray(rgb))
+    # rembg leaves the interpreter where it finds no ONNX runtime.
+    except (ImportError, SystemExit) as error:
+        missing = f" ({error})" if isinstance(error, ImportError) else ""
+        raise UserError(
+            f"segmenter: {segmenter} is not installed{missing}: {INSTALL[segmenter]}"
+        ) from None
+    except Exception as error:  # among them every failure of a download
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"segmenter: {segmenter} failed: {reason}") from error
+    if mask.shape != rgb.shape[:2]:
+        raise UserError(f"segmenter: {segmenter} returned a mask of another size")
+    return mask
+
+
+_Finder = Callable[[Image.Image], Bool[np.ndarray, "h w"]]
+
+
+# Loading the weights takes seconds; they are the same for every picture.
+@functools.cache
+def _rembg() -> _Finder:
+    rembg: Any = importlib.import_module("rembg")
+    session = rembg.new_session(REMBG_MODEL)
+
+    def find(image: Image.Image) -> Bool[np.ndarray, "h w"]:
+        return np.asarray(rembg.remove(image, session=session, only_mask=True).convert("L")) >= 128
+
+    return find
+
+
+@functools.cache
+def _carvekit() -> _Finder:
+    high: Any = importlib.import_module("carvekit.api.high")
+    # On the CPU: the accelerator's memory belongs to JAX.
+    interface = high.HiInterface(device="cpu", fp16=False, **CARVEKIT_SETTINGS)
+
+    def find(image: Image.Image) -> Bool[np.ndarray, "h w"]:
+        (cut,) = interface([image])
+        return np.asarray(cut.convert("RGBA"))[..., 3] > 0  # as in the authors' release
+
+    return find
 
 
 def _border(values: np.ndarray) -> np.ndarray:

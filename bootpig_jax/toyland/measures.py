@@ -36,6 +36,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.evaluation.metrics import gallery_rank
 from bootpig_jax.toyland.render import (
     SIZE,
     Rendering,
@@ -235,15 +236,24 @@ def _reference_descriptor(subject: Subject) -> np.ndarray:
     return found
 
 
-def subject_rank(picture: Picture, case: Case) -> int:
-    """Rank (1 to 16) of the own reference by distance to the picture's subject."""
+def subject_rank(
+    picture: Picture, case: Case, mask: Bool[np.ndarray, "64 64"] | None = None
+) -> int:
+    """Rank (1 to 16) of the own reference by distance to the picture's subject.
+
+    Args:
+        picture: The picture, sRGB.
+        case: What it should show.
+        mask: Where to look for the subject; everywhere when None.
+    """
     background = _scene_means()[SCENES.index(case.scene)]
+    if mask is not None:
+        background = np.where(mask[..., None], background, srgb_to_lab(picture))
     drawn = descriptor(picture, background)
     if drawn is None:
         return NUM_CANDIDATES
     candidates = np.stack([_reference_descriptor(s) for s in (case.subject, *case.look_alikes)])
-    distances = np.linalg.norm(candidates - drawn, axis=1)
-    return 1 + int((distances[1:] <= distances[0]).sum())
+    return gallery_rank(drawn, candidates)
 
 
 def score(pictures: np.ndarray, cases: Sequence[Case]) -> Scores:

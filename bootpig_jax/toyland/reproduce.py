@@ -28,7 +28,8 @@ from bootpig_jax.toyland.evaluate import SHIPPED_MODEL, Report, Result
 from bootpig_jax.yaml_config import ConfigModel, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CACHE_COPIES = 4  # augmented copies of each reference
+# Copies of each reference in the cache: without augmentation all would be alike.
+COPIES = {"paper": 4, "none": 1}
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -111,12 +112,12 @@ def list_jobs(config: ReproduceConfig) -> list[Job]:
         jobs.append(Job(("data_gen.run", *how), data / "dataset_info.json"))
     model = f"model.base={shown(config.model)}"
     common = ("--config", shown(config.train), model, f"data.dir={data}")
-    for augmentation, copies in (("paper", CACHE_COPIES), ("none", 1)):
-        how = (f"data.augmentation={augmentation}", *cache_fields(out, augmentation, copies))
-        result = out / f"cache_{augmentation}" / "cache.json"
-        jobs.append(Job(("bootpig_jax.cache_latents", *common, *how), result))
     # Seed by seed, so that a table with fewer seeds is there early.
     for seed in config.seeds:
+        for augmentation in COPIES:
+            fields = (*cache_fields(out, augmentation, seed), f"seed={seed}")
+            result = out / f"cache_{augmentation}_{seed}" / "cache.json"
+            jobs.append(Job(("bootpig_jax.cache_latents", *common, *fields), result))
         for row in ROWS:
             jobs += [train_job(config, common, row, seed), evaluate_job(config, row.name, seed)]
     for seed in config.seeds:
@@ -134,20 +135,22 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def cache_fields(out: Path, augmentation: str, copies: int) -> tuple[str, ...]:
-    """Where the latents for an augmentation are."""
-    return f"data.cache={out / f'cache_{augmentation}'}", f"data.cache_copies={copies}"
+def cache_fields(out: Path, augmentation: str, seed: int) -> tuple[str, ...]:
+    """The latents of one augmentation and seed: where they are, and what of."""
+    return (
+        f"data.augmentation={augmentation}",
+        f"data.cache={out / f'cache_{augmentation}_{seed}'}",
+        f"data.cache_copies={COPIES[augmentation]}",
+    )
 
 
 def train_job(config: ReproduceConfig, common: tuple[str, ...], row: Row, seed: int) -> Job:
     """Trains a row of Table 2."""
     folder = training_folder(config, row.name, seed)
-    copies = CACHE_COPIES if row.augmentation == "paper" else 1
     fields = (
         f"trainable.base={row.base}",
         f"trainable.reference={row.reference}",
-        f"data.augmentation={row.augmentation}",
-        *cache_fields(config.output_dir, row.augmentation, copies),
+        *cache_fields(config.output_dir, row.augmentation, seed),
         f"steps={config.steps}",
         f"seed={seed}",
         f"output_dir={folder}",
