@@ -12,9 +12,10 @@ Dropping a sample's references (``keep[b] = False``) shortens its key sequence t
 The result is then ordinary self-attention, exactly, and no gradient reaches the references.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +44,63 @@ def attention(
         key_lengths: for each sample, how many of the ``m`` keys count; all when ``None``.
     """
     if jax.default_backend() == "cpu":
-        large = q.shape[1] * k.shape[1] >= BLOCKED_FROM and q.shape[1] % QUERY_BLOCK == 0
-        out = (_blocked if large else _heads_first)(q, k, v, key_lengths)
+        out, _ = _plain_jax(q, k, v, key_lengths)
     else:
         # cuDNN has to be asked for: None means XLA's own attention, also on a GPU.
-        fused = (
-            jax.default_backend() == "gpu"
-            and q.dtype in (jnp.bfloat16, jnp.float16)
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 128
-        )
         out = jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=key_lengths, implementation="cudnn" if fused else "xla"
+            q,
+            k,
+            v,
+            key_value_seq_lengths=key_lengths,
+            implementation="cudnn" if _runs_on_cudnn(q) else "xla",
         )
-    return out.reshape(*out.shape[:2], -1)
+    return _join_heads(out)
 
 
-def _heads_first(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Array:
+def partial_attention(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+) -> "Partial":
+    """Attention to a part of the keys; `merge` joins such parts.
+
+    For sampling only: cuDNN drops the gradient of the log-sum-exp, so there is none here.
+    """
+    if not _runs_on_cudnn(q):
+        out, lse = _plain_jax(q, k, v)
+    else:
+        # jax.nn.dot_product_attention calls this, and rounds the log-sum-exp to q's precision: with
+        # bfloat16 that triples the error of a merge.
+        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
+
+        out, lse = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
+        lse = lse.swapaxes(1, 2)
+    return Partial(_without_gradient(out.astype(jnp.float32)), _without_gradient(lse))
+
+
+def _runs_on_cudnn(q: Array) -> bool:
+    return (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+    )
+
+
+def _plain_jax(
+    q: Array, k: Array, v: Array, key_lengths: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention ``[b n h d]`` and its log-sum-exp ``[b n h]``, in the form that suits a CPU."""
+    block = _query_block(q.shape[1])
+    if q.shape[1] * k.shape[1] >= BLOCKED_FROM and block > 1:
+        return _blocked(q, k, v, key_lengths, block)
+    return _heads_first(q, k, v, key_lengths)
+
+
+def _query_block(queries: int) -> int:
+    """The most queries, `QUERY_BLOCK` at most, that cut `queries` evenly."""
+    return next(size for size in range(QUERY_BLOCK, 0, -1) if queries % size == 0)
+
+
+def _heads_first(q: Array, k: Array, v: Array, key_lengths: Array | None) -> tuple[Array, Array]:
     """`jax.nn.dot_product_attention` with the heads moved to the front: twice as fast on a CPU."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
@@ -67,12 +108,15 @@ def _heads_first(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Arr
     if key_lengths is not None:
         counts = jnp.arange(k.shape[2]) < key_lengths[:, None]
         scores = jnp.where(counts[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bhmd->bhnd", weights, v).swapaxes(1, 2)
+    weights, lse = _softmax(scores)
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
+    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
 
-def _blocked(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Array:
-    """The same, one head and one block of queries after the other.
+def _blocked(
+    q: Array, k: Array, v: Array, key_lengths: Array | None, size: int
+) -> tuple[Array, Array]:
+    """The same, one head and one block of `size` queries after the other.
 
     The scores of a block stay in the cache, and no more than that is ever in memory: the backward
     pass computes them again. So its memory is also what a fused attention takes on a GPU.
@@ -81,19 +125,65 @@ def _blocked(q: Array, k: Array, v: Array, key_lengths: Array | None) -> Array:
     lengths = jnp.full(b, k.shape[1]) if key_lengths is None else key_lengths
 
     @jax.checkpoint
-    def block(q: Array, k: Array, v: Array, length: Array) -> Array:
+    def block(q: Array, k: Array, v: Array, length: Array) -> tuple[Array, Array]:
         scores = jnp.einsum("nd,md->nm", q, k, preferred_element_type=jnp.float32) / math.sqrt(d)
-        scores = jnp.where(jnp.arange(len(k)) < length, scores, -jnp.inf)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+        if key_lengths is not None:
+            scores = jnp.where(jnp.arange(len(k)) < length, scores, -jnp.inf)
+        weights, lse = _softmax(scores)
+        return weights.astype(v.dtype) @ v, lse
 
-    def head(arguments: tuple[Array, Array, Array, Array]) -> Array:
+    def head(arguments: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         q, k, v, length = arguments
-        blocks = q.reshape(-1, QUERY_BLOCK, d)
-        return jax.lax.map(lambda q: block(q, k, v, length), blocks).reshape(n, d)
+        return jax.lax.map(lambda q: block(q, k, v, length), q.reshape(-1, size, d))
 
     q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
-    out = jax.lax.map(head, (q, k, v, jnp.repeat(lengths, h)))
-    return out.reshape(b, h, n, d).swapaxes(1, 2)
+    out, lse = jax.lax.map(head, (q, k, v, jnp.repeat(lengths, h)))
+    return out.reshape(b, h, n, d).swapaxes(1, 2), lse.reshape(b, h, n).swapaxes(1, 2)
+
+
+def _softmax(scores: Array) -> tuple[Array, Array]:
+    """The softmax over the last axis, and the logarithm of its denominator."""
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    exponentials = jnp.exp(scores - top)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    return exponentials / total, (top + jnp.log(total))[..., 0]
+
+
+def _join_heads(x: Array) -> Array:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+class Partial(NamedTuple):
+    """Attention to a part of the keys, in float32.
+
+    Attributes:
+        out: the values' sum, weighted by the softmax over this part.
+        lse: the logarithm of that softmax's denominator.
+    """
+
+    out: Float[Array, "*b n h d"]
+    lse: Float[Array, "*b n h"]
+
+
+def merge(*parts: Partial) -> Float[Array, "*b n c"]:
+    """Attention to the keys of all `parts` together, the heads joined.
+
+    The softmax over all keys weighs each part by its share of the common denominator, which is the
+    softmax of the parts' log-sum-exps.
+    """
+    shares = jax.nn.softmax(jnp.stack([part.lse for part in parts]), axis=0)
+    outs = (share[..., None] * part.out for share, part in zip(shares, parts, strict=True))
+    return _join_heads(functools.reduce(jnp.add, outs))
+
+
+@jax.custom_jvp
+def _without_gradient(x: Array) -> Array:
+    return x
+
+
+@_without_gradient.defjvp
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError("partial attention has no gradient; use `attention`")
 
 
 def reference_self_attention(
@@ -146,6 +236,58 @@ def attend_to_references(
         out_axes=1,
     )(k_refs, v_refs)
     return pool(o, o_refs, strategy)
+
+
+def attend_to_shared_references(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    v: Float[Array, "b n h d"],
+    k_refs: Float[Array, "s K m h d"],
+    v_refs: Float[Array, "s K m h d"],
+    project_out: Callable[[Array], Array],
+    strategy: Strategy,
+    *,
+    plain: int,
+    seeing: int,
+) -> Float[Array, "p n c"]:
+    """The same numbers as `attend_to_references`, for sampling: no part of them computed twice.
+
+    The first `plain` rows come out as self-attention leaves them; after them come the last `seeing`
+    rows with references, those that share one of the ``s`` sets next to each other. A row can be
+    both.
+
+    ``RSA(f, f) = SA(f)``: Eq. 5 needs no more than the attention of the tokens to themselves, and
+    Eq. 3 that, merged with the attention to the reference. So self-attention is computed once for
+    all ``K`` references, and the rows that share a set attend to it as if they were one sample with
+    more queries.
+
+    Returns:
+        The layer's output, after ``Wo``, of ``plain + seeing`` rows.
+    """
+    sets, count = k_refs.shape[:2]
+
+    def seen(x: Array) -> Array:
+        return x[len(x) - seeing :].reshape(sets, -1, *x.shape[2:])
+
+    own = partial_attention(q, k, v)
+    own_seen = Partial(*map(seen, own))
+    parts = [partial_attention(seen(q), k_refs[:, i], v_refs[:, i]) for i in range(count)]
+
+    def output(attended: Array) -> Array:
+        return project_out(attended.astype(k.dtype).reshape(-1, *k.shape[1:-2], attended.shape[-1]))
+
+    if strategy == "concat":
+        merged = [merge(own_seen, *parts)]
+    else:
+        merged = [merge(own_seen, part) for part in parts]
+    if strategy == "average":  # Wo is linear, so the mean can be taken before it
+        merged = [functools.reduce(jnp.add, merged) / len(merged)]
+    o_refs = [output(attended) for attended in merged]
+    if len(o_refs) == 1:
+        (pooled,) = o_refs
+    else:
+        pooled = pool(output(merge(own_seen)), jnp.stack(o_refs, axis=1), strategy)
+    return jnp.concatenate([output(merge(own)[:plain]), pooled])
 
 
 def pool(

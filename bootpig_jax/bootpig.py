@@ -9,7 +9,7 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from bootpig_jax.models.unet import UNet, UNetConfig
 
@@ -42,7 +42,7 @@ class BootPIG(nnx.Module):
 def reference_features(
     reference: UNet,
     latents: Float[Array, "b K h w c"],
-    timesteps: Int[Array, " b"],
+    timesteps: Real[Array, " b"],
     text: Float[Array, "b l e"],
 ) -> tuple[Float[Array, "b K _n _d"], ...]:
     """What enters each self-attention layer of the Reference UNet.

@@ -13,7 +13,10 @@ from bootpig_jax.attention import (
     STRATEGIES,
     Strategy,
     attend_to_references,
+    attend_to_shared_references,
     attention,
+    merge,
+    partial_attention,
     pool,
     reference_self_attention,
     reference_share,
@@ -28,6 +31,7 @@ K_REFS, V_REFS = RNG.standard_normal((2, B, K, M, H, D), np.float32)
 # Not the identity, so that a norm taken before Wo shows; wide, so that the softmax is not flat.
 WO = RNG.standard_normal((C, C), np.float32) / 2
 WEIGHT = RNG.standard_normal((B, N, C), np.float32)  # of the sum that gradients are taken of
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 BIAS = RNG.standard_normal(C, np.float32)
 
 
@@ -231,6 +235,67 @@ def test_attention_in_blocks_is_attention(monkeypatch):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), blocked, expected
         )
+
+
+def test_parts_of_the_keys_merge_to_attention_over_all(monkeypatch):
+    expected = stock(Q, KEY, V)
+
+    def merged(q: jax.Array, k: jax.Array, v: jax.Array, _: int) -> jax.Array:
+        slices = (np.s_[:, :3], np.s_[:, 3:8], np.s_[:, 8:])
+        return project_out(merge(*(partial_attention(q, k[part], v[part]) for part in slices)))
+
+    for blocked_from in (2**20, 0):
+        monkeypatch.setattr("bootpig_jax.attention.BLOCKED_FROM", blocked_from)
+        assert close(jax.jit(merged, static_argnums=3)(Q, KEY, V, blocked_from), expected, 1e-6)
+
+
+def test_on_a_gpu_parts_come_from_cudnn_with_their_lse_in_float32(monkeypatch):
+    """As far as a machine without a GPU can tell: the call is traced, not run."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(f"{CUDNN}.check_cudnn_version", lambda: 91000)
+    half = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (Q, KEY, V)]
+    program = jax.make_jaxpr(partial_attention)(*half)
+    assert "dot_product_attention_fwd_wrapper" in str(program)
+    assert [out.shape for out in program.out_avals] == [(B, N, H, D), (B, N, H)]
+    assert {out.dtype for out in program.out_avals} == {jnp.dtype("float32")}
+
+
+@functools.partial(jax.jit, static_argnames=("strategy", "plain", "seeing"))
+def shared_layer(
+    *arrays: jax.Array, strategy: Strategy, plain: int, seeing: int
+) -> tuple[jax.Array, jax.Array]:
+    *own, k_refs, v_refs = arrays
+    ours = attend_to_shared_references(
+        *own, k_refs, v_refs, project_out, strategy, plain=plain, seeing=seeing
+    )
+    last = [x[-seeing:] for x in own]
+    each = [jnp.repeat(x, seeing // len(x), axis=0) for x in (k_refs, v_refs)]
+    seen = attend_to_references(*last, *each, project_out, strategy)
+    return ours, jnp.concatenate([project_out(attention(*own))[:plain], seen])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count"), [("softmax", 1), *((strategy, K) for strategy in STRATEGIES)]
+)
+def test_shared_references_give_the_same_numbers(strategy: Strategy, count: int) -> None:
+    """Two sets for the last four of six rows, or for both of two rows, which come out twice."""
+    own = [np.concatenate([x, x[::-1] / 2]) for x in (Q, KEY, V)]
+    refs = [x[:2, :count] for x in (K_REFS, V_REFS)]
+    for rows, plain, seeing in ((6, 2, 4), (2, 2, 2)):
+        ours, expected = shared_layer(
+            *(x[:rows] for x in own), *refs, strategy=strategy, plain=plain, seeing=seeing
+        )
+        assert ours.shape == (plain + seeing, N, C)
+        assert close(ours, np.asarray(expected))
+
+
+def test_shared_references_have_no_gradient_rather_than_a_wrong_one() -> None:
+    def loss(*arrays: jax.Array) -> jax.Array:
+        ours = attend_to_shared_references(*arrays, project_out, "softmax", plain=0, seeing=B)
+        return jnp.sum(ours)
+
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.eval_shape(jax.grad(loss), Q, KEY, V, K_REFS[:1], V_REFS[:1])
 
 
 def test_reference_share_is_the_weight_of_the_references_keys():

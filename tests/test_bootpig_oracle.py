@@ -384,7 +384,6 @@ def test_guided_sampling_is_eq_4_step_by_step(
         **jax.tree.map(jnp.asarray, arrays),
         **options,
         solver=make_solver("unipc", PAPER.schedule, STEPS),
-        schedule=PAPER.schedule,
         reference_key_scale=KEY_SCALE,
     )
     scheduler = UniPCMultistepScheduler.from_config(SCHEDULE)

@@ -8,10 +8,17 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from bootpig_jax.attention import Strategy, attend_to_references, attention, reference_share
+from bootpig_jax.attention import (
+    Strategy,
+    attend_to_references,
+    attend_to_shared_references,
+    attention,
+    reference_share,
+)
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -38,6 +45,33 @@ class References:
         return self.replace(features=(self.features[index],))  # type: ignore[attr-defined]
 
 
+@struct.dataclass
+class SharedReferences:
+    """`References` for sampling, where many rows of a batch see the same ones; has no gradient.
+
+    Of the rows that a self-attention layer is given, the first `plain` come out without references
+    and after them the last `seeing` with references, as many rows for each set and in the sets'
+    order. A row can be both.
+
+    Attributes:
+        features: one array for each self-attention layer, of ``s`` sets of ``K`` references.
+        key_scale: factor on the reference tokens that feed the keys.
+        strategy: how several references are pooled.
+        plain: how many rows come out without references.
+        seeing: how many come out with them.
+    """
+
+    features: tuple[Float[Array, "s K _n _d"], ...]
+    key_scale: Float[Array, ""] | float
+    strategy: Strategy = struct.field(pytree_node=False)
+    plain: int = struct.field(pytree_node=False)
+    seeing: int = struct.field(pytree_node=False)
+
+    def layer(self, index: int) -> "SharedReferences":
+        """The references as layer `index` sees them."""
+        return self.replace(features=(self.features[index],))  # type: ignore[attr-defined]
+
+
 def conv3x3(
     channels: int,
     out_channels: int,
@@ -50,6 +84,20 @@ def conv3x3(
     return nnx.Conv(
         channels, out_channels, (3, 3), strides=(strides, strides), padding=padding, **kwargs
     )
+
+
+class Linear(nnx.Linear):
+    """A linear layer on tokens, with one axis of them.
+
+    With two, batch and position, XLA's CPU code for the weights' gradients takes up to 1.8 times
+    as long.
+    """
+
+    def __call__(self, inputs: Float[Array, "*b c"], out_sharding: Any = None) -> Array:
+        """Applies the layer to each token."""
+        tokens = inputs.reshape(-1, self.in_features)
+        out = super().__call__(tokens, out_sharding=out_sharding)
+        return out.reshape(*inputs.shape[:-1], self.out_features)
 
 
 class GroupNorm(nnx.Module):
@@ -166,18 +214,21 @@ class Attention(nnx.Module):
         **kwargs: Any,
     ):
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=bias, **kwargs)
-        self.to_k = nnx.Linear(context_channels, channels, use_bias=bias, **kwargs)
-        self.to_v = nnx.Linear(context_channels, channels, use_bias=bias, **kwargs)
-        self.to_out = nnx.Linear(channels, channels, **kwargs)
+        self.to_q = Linear(channels, channels, use_bias=bias, **kwargs)
+        self.to_k = Linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_v = Linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_out = Linear(channels, channels, **kwargs)
 
     def __call__(
         self,
         x: Float[Array, "b n c"],
         context: Float[Array, "b m e"] | None = None,
-        references: References | None = None,
-    ) -> Float[Array, "b n c"]:
-        """Attends from `x` to itself, to `context`, or to itself and one layer's `references`."""
+        references: References | SharedReferences | None = None,
+    ) -> Float[Array, "p n c"]:
+        """Attends from `x` to itself, to `context`, or to itself and one layer's `references`.
+
+        The output has the rows of `x`, but with `SharedReferences` those that they ask for.
+        """
         source = x if context is None else context
         q, k, v = (
             self._split_heads(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source))
@@ -185,15 +236,13 @@ class Attention(nnx.Module):
         if references is None:
             return self.to_out(attention(q, k, v))
         (f_ref,) = references.features
-        return attend_to_references(
-            q,
-            k,
-            v,
-            self._split_heads(self.to_k(references.key_scale * f_ref)),
-            self._split_heads(self.to_v(f_ref)),
-            self.to_out,
-            references.strategy,
-            references.keep,
+        scaled = (references.key_scale * f_ref).astype(f_ref.dtype)
+        k_refs, v_refs = self._split_heads(self.to_k(scaled)), self._split_heads(self.to_v(f_ref))
+        attended = (q, k, v, k_refs, v_refs, self.to_out, references.strategy)
+        if isinstance(references, References):
+            return attend_to_references(*attended, references.keep)
+        return attend_to_shared_references(
+            *attended, plain=references.plain, seeing=references.seeing
         )
 
     def reference_share(
@@ -213,8 +262,8 @@ class FeedForward(nnx.Module):
     """The gated feed-forward layer (GEGLU) of a transformer block."""
 
     def __init__(self, channels: int, **kwargs: Any):
-        self.gate = nnx.Linear(channels, 8 * channels, **kwargs)
-        self.out = nnx.Linear(4 * channels, channels, **kwargs)
+        self.gate = Linear(channels, 8 * channels, **kwargs)
+        self.out = Linear(4 * channels, channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
         """Applies the layer."""
@@ -236,12 +285,21 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n c"],
-        text: Float[Array, "b l e"],
-        references: References | None = None,
-    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """Returns the block's output and the feature ``f`` that entered its self-attention."""
+        text: Float[Array, "r l e"],
+        references: References | SharedReferences | None = None,
+        rows: Int[np.ndarray, " r"] | None = None,
+    ) -> tuple[Float[Array, "r n c"], Float[Array, "b n c"]]:
+        """Returns the block's output and the feature ``f`` that entered its self-attention.
+
+        With `rows` this is where samples part into rows; see `UNet`.
+        """
         f = self.norm1(x)
-        x = x + self.attn1(f, references=references)
+        attended = self.attn1(f, references=references)
+        if rows is not None:
+            # Of each sample there is one row, but two outputs where only some rows see references.
+            with_references = np.arange(len(rows)) >= len(attended) - len(x)
+            x, attended = x[rows], attended[rows + with_references * (len(attended) - len(x))]
+        x = x + attended
         x = x + self.attn2(self.norm2(x), context=text)
         return x + self.ff(self.norm3(x)), f
 
@@ -261,7 +319,7 @@ class SpatialTransformer(nnx.Module):
     ):
         def projection() -> nnx.Module:
             if linear_projection:
-                return nnx.Linear(channels, channels, **kwargs)
+                return Linear(channels, channels, **kwargs)
             return nnx.Conv(channels, channels, (1, 1), **kwargs)
 
         self.norm = GroupNorm(channels, groups, 1e-6, **kwargs)
@@ -274,11 +332,16 @@ class SpatialTransformer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        text: Float[Array, "b l e"],
-        references: References | None = None,
-    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b n c"]]:
-        """Returns the output and the feature ``f`` that entered the self-attention."""
+        text: Float[Array, "r l e"],
+        references: References | SharedReferences | None = None,
+        rows: Int[np.ndarray, " r"] | None = None,
+    ) -> tuple[Float[Array, "r h w c"], Float[Array, "b n c"]]:
+        """Returns the output and the feature ``f`` that entered the self-attention.
+
+        With `rows` this is where samples part into rows; see `UNet`.
+        """
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        tokens, f = self.transformer_blocks[0](tokens, text, references)
-        return x + cast(Any, self.proj_out)(tokens.reshape(b, h, w, c)), f
+        tokens, f = self.transformer_blocks[0](tokens, text, references, rows)
+        x = x if rows is None else x[rows]
+        return x + cast(Any, self.proj_out)(tokens.reshape(-1, h, w, c)), f

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from bootpig_jax.errors import UserError
 from bootpig_jax.models.blocks import (
@@ -22,6 +23,7 @@ from bootpig_jax.models.blocks import (
     GroupNorm,
     References,
     ResnetBlock,
+    SharedReferences,
     SpatialTransformer,
     Upsample,
     conv3x3,
@@ -96,7 +98,7 @@ class UNetConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def timestep_embedding(t: Int[Array, " b"], channels: int) -> Float[Array, "b c"]:
+def timestep_embedding(t: Real[Array, " b"], channels: int) -> Float[Array, "b c"]:
     """Sinusoids of the timestep, cosines first: ``cos(t w_i), sin(t w_i)``."""
     half = channels // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -228,23 +230,33 @@ class UNet(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "b h w c"],
-        timesteps: Int[Array, " b"],
-        text: Float[Array, "b l e"],
-        references: References | None = None,
-    ) -> tuple[Float[Array, "b h w o"], tuple[Float[Array, "b _n _d"], ...]]:
+        timesteps: Real[Array, " b"],
+        text: Float[Array, "r l e"],
+        references: References | SharedReferences | None = None,
+        rows: Int[np.ndarray, " r"] | None = None,
+    ) -> tuple[Float[Array, "r h w o"], tuple[Float[Array, "_b _n _d"], ...]]:
         """Predicts the noise (or velocity) in `latents`.
 
         Args:
             latents: the noised latents ``x_t``; height and width divisible by
                 `config.downsampling`.
-            timesteps: ``t`` in ``[0, T)``.
+            timesteps: ``t`` in ``[0, T)``; solvers may ask for fractions.
             text: the caption's token features.
             references: what the self-attention layers attend to besides their own tokens; with
                 ``None`` this is plain Stable Diffusion.
+            rows: for guidance, which evaluates the same latents with several texts: the sample that
+                each row of `text` belongs to. The prediction has one row for each of them too, and
+                what the rows of a sample have in common, everything up to the first cross-attention
+                but for the references, is computed once. `SharedReferences` must have a plain row
+                for each sample or none. ``None``: one text for each sample.
 
         Returns:
             The prediction, and the input of each self-attention layer in execution order.
         """
+        sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
+        time = self.time_embedding(sinusoids.astype(latents.dtype))
+        x = self.conv_in(latents)
+        skips = [x]
         features: list[Array] = []
         rematerialised = jax.checkpoint if self.remat else lambda function: function
 
@@ -252,18 +264,18 @@ class UNet(nnx.Module):
             return rematerialised(lambda x: resnet(x, time))(x)
 
         def attend(block: UNetBlock, index: int, x: Array) -> Array:
+            nonlocal rows, skips, time
             if not block.attentions:
                 return x
             layer = None if references is None else references.layer(len(features))
-            x, f = rematerialised(lambda x: block.attentions[index](x, text, layer))(x)
+            if rows is not None and isinstance(layer, SharedReferences):
+                layer = layer.replace(seeing=len(x))  # type: ignore[attr-defined]
+            x, f = rematerialised(lambda x: block.attentions[index](x, text, layer, rows))(x)
             features.append(f)
+            if rows is not None:
+                skips, time, rows = [skip[rows] for skip in skips], time[rows], None
             return x
 
-        sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
-        time = self.time_embedding(sinusoids.astype(latents.dtype))
-
-        x = self.conv_in(latents)
-        skips = [x]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
                 x = attend(block, i, convolve(resnet, x))
