@@ -15,7 +15,7 @@ def use_compilation_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR` names another folder; `JAX_ENABLE_COMPILATION_CACHE=false` turns
     the cache off. A folder that cannot be written to is no reason to stop: then nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     folder = FOLDER.expanduser()
     try:

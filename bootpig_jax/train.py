@@ -8,6 +8,7 @@ Writes to `output_dir`:
     history.jsonl              the scalars again; `python -m bootpig_jax.plot_run` draws them
     base_unet/ ref_unet/       the result in diffusers' layout, as safetensors
     bootpig.json               how the result wants its references; `BootPIGPipeline` reads it
+    README.md                  the model card
 """
 
 import argparse
@@ -30,28 +31,37 @@ from bootpig_jax.checkpoints.diffusers import (
     find_model,
     load_stable_diffusion,
     load_unet,
-    save_unet,
 )
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.data.cache import Contents, make_cached_loader
-from bootpig_jax.data.pipeline import dataset_fingerprint, first_examples, make_loader
+from bootpig_jax.data.pipeline import (
+    dataset_fingerprint,
+    first_examples,
+    make_loader,
+    num_records,
+)
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
+from bootpig_jax.sampling.trained import save_bootpig
 from bootpig_jax.training.checkpointing import Checkpoints
 from bootpig_jax.training.distributed import join_processes
+from bootpig_jax.training.flops import count_flops
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
-from bootpig_jax.training.metrics import MetricLogger
+from bootpig_jax.training.metrics import MetricLogger, read_history
+from bootpig_jax.training.model_card import model_card
 from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.plan import plan, report
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
 from bootpig_jax.training.step import (
     Batch,
+    Frozen,
     TrainState,
     init_state,
     make_train_step,
     merge_parameters,
     split_parameters,
     take_apart,
+    without_remat,
 )
 from bootpig_jax.training.validation import make_validation
 from bootpig_jax.yaml_config import dump_config, parse_command_line
@@ -98,6 +108,13 @@ def train(config: TrainConfig) -> None:
     state = init_state(trainable, optimizer, mesh, min_size, ema=config.ema_decay is not None)
     del trainable
     train_step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
+
+    def flops_of(state: TrainState, frozen: Frozen, batch: Batch) -> float:
+        counted = train_step
+        if config.remat:  # What is computed twice counts once.
+            plain = without_remat(graphs, state, frozen)
+            counted = make_train_step(plain, optimizer, config, mesh, state, frozen)
+        return count_flops(counted.trace(state, frozen, batch).jaxpr)
 
     # 4. The data.
     share: dict[str, Any] = {
@@ -165,6 +182,7 @@ def train(config: TrainConfig) -> None:
                 mesh=mesh,
                 checkpoints=checkpoints,
                 logger=logger,
+                count_flops=flops_of,
                 draw_grid=draw_grid,
                 validate=validate,
             )
@@ -214,7 +232,7 @@ def compute_dtype(config: TrainConfig) -> jnp.dtype:
 
 
 def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Conditioning) -> None:
-    """Writes both UNets in diffusers' layout, and `bootpig.json`.
+    """Writes both UNets in diffusers' layout, `bootpig.json` and the model card.
 
     What was not trained is read from the base checkpoint again: in memory it may be rounded to
     bfloat16.
@@ -228,9 +246,15 @@ def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Con
         graph, parameters, _ = split_parameters(BootPIG.from_unet(unet), lambda path: True)
         bootpig: BootPIG = merge_parameters(graph, parameters | trained)
         precision = np.dtype(config.export_precision)
-        save_unet(config.output_dir / "base_unet", bootpig.base, precision)
-        save_unet(config.output_dir / "ref_unet", bootpig.reference, precision)
-        conditioning.write(config.output_dir)
+        save_bootpig(config.output_dir, bootpig.base, bootpig.reference, conditioning, precision)
+        history = read_history(config.output_dir)
+        card = model_card(
+            config,
+            num_records(config.data.dir, config.data.split),
+            int(state.step),
+            next((row for row in reversed(history) if row["group"] == "validation"), None),
+        )
+        (config.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
 def say(message: str) -> None:

@@ -30,6 +30,9 @@ import tests.shape_checks  # noqa: E402, F401 - the hook finds it by name
 install_import_hook("bootpig_jax", "tests.shape_checks.checked")
 
 
+pytest_plugins = ("tests.scorecard",)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion with random weights, in diffusers' layout."""

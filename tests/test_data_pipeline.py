@@ -160,6 +160,7 @@ def uninterrupted(dataset: Path) -> list[Batch]:
     return take(loader(dataset, batch_size=1), 120)
 
 
+@pytest.mark.promise("R6", "data: the next 100 batches after resuming, with 0, 2, 4 threads")
 @pytest.mark.parametrize("num_threads", [0, 2, 4])
 def test_resume_gives_the_next_100_batches(
     dataset: Path, uninterrupted: list[Batch], num_threads: int

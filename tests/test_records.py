@@ -262,6 +262,7 @@ def _read_all(path: Path, count: int) -> None:
         reader[index]
 
 
+@pytest.mark.promise("R10", "TFRecords: 200 flipped bits, all found")
 def test_200_bit_flips_are_all_found(shard: Path, tmp_path: Path) -> None:
     whole, damaged = shard.read_bytes(), tmp_path / "damaged.tfrecord"
     rng = np.random.default_rng(0)
@@ -288,6 +289,7 @@ def test_flips_in_every_byte_of_a_frames_header_and_footer_are_found(
             _read_all(damaged, 8)
 
 
+@pytest.mark.promise("R10", "TFRecords: 50 cuts, all found")
 def test_50_cuts_are_all_found(shard: Path, tmp_path: Path) -> None:
     whole, cut = shard.read_bytes(), tmp_path / "cut.tfrecord"
     for length in np.random.default_rng(1).choice(len(whole), 50, replace=False):

@@ -6,15 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from safetensors.numpy import load_file
 
 import bootpig_jax.train
-from bootpig_jax.errors import UserError
+from bootpig_jax.checkpoints.diffusers import load_unet
+from bootpig_jax.data import records
+from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.training.metrics import read_history
 from tests.training_helpers import save_tiny_data
 
@@ -82,8 +90,44 @@ def test_exports_what_was_trained(trained, model_folder):
     assert {f"loss_t{t}0-{t + 1}0" for t in range(8)} <= rows[0].keys() and rows[0]["loss"] > 0
     (events,) = (trained / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
+    speeds = [row for row in read_history(trained) if row["group"] == "train"]
+    assert all(row["gflops_per_second"] > 0 and "mfu" not in row for row in speeds)
 
 
+def test_the_model_card_says_what_was_trained(trained, model_folder, data):
+    _, metadata, card = (trained / "README.md").read_text().split("---\n", 2)
+    assert "base_model" not in metadata and "pipeline_tag: text-to-image" in metadata
+    assert f"| Base model | {model_folder.name} |" in card
+    assert f"| Data | {data.name}, 24 triplets, at 16 px |" in card
+    assert f"| Updates | {STEPS}, of 8 samples |" in card
+    assert "Base UNet: its self-attention layers" in card
+    (row,) = (row for row in read_history(trained) if row["group"] == "validation")
+    assert f"| Validation: loss | {row['loss']:.4f} (after update 4) |" in card
+    assert "reference_caption: first_clause" in card
+    # Nothing of the machine that it was trained on.
+    assert str(model_folder.parent) not in card and str(trained.parent) not in card
+
+
+@pytest.mark.parametrize("name", ["base_unet", "ref_unet"])
+def test_plain_diffusers_opens_the_result(trained, name):
+    theirs = UNet2DConditionModel.from_pretrained(trained, subfolder=name)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((2, 8, 8, 4), np.float32)
+    text = rng.standard_normal((2, 16, 16), np.float32)
+    t = np.array([1, 900])
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(latents.transpose(0, 3, 1, 2)), torch.tensor(t), torch.tensor(text)
+        ).sample
+    prediction, _ = jax.jit(lambda unet, *inputs: unet(*inputs))(
+        load_unet(trained / name), latents, t, text
+    )
+    np.testing.assert_allclose(
+        prediction, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.promise("R2", "SIGTERM, then resumed: the same bits as uninterrupted")
 def test_resumed_after_sigterm_equals_uninterrupted(
     trained, arguments, tmp_path, monkeypatch, capsys
 ):
@@ -143,6 +187,205 @@ def test_never_goes_over_an_older_run(trained, arguments):
         train(arguments, trained, "checkpoint.resume=never")
     with pytest.raises(UserError, match="seed: 7, but the checkpoint .* was trained with 0"):
         train(arguments, trained, "seed=7")
+
+
+class World:
+    """What a line of the table of bad input may change: copies of a run, its model, its data."""
+
+    def __init__(self, folder: Path, arguments: list[str], trained: Path, model: Path, data: Path):
+        self.folder, self.arguments = folder, arguments
+        self._originals = {"run": trained, "model": model, "data": data}
+        self.output = folder / "new"
+
+    def copy(self, name: str) -> Path:
+        return Path(shutil.copytree(self._originals[name], self.folder / name))
+
+    def yaml(self, line: str) -> list[str]:
+        path = self.folder / "bad.yaml"
+        path.write_text(Path(self.arguments[1]).read_text() + line + "\n")
+        return ["--config", str(path)]
+
+    def run(self) -> Path:
+        self.output = self.copy("run")
+        return self.output
+
+    def shard(self) -> Path:
+        return sorted(self.copy("data").glob("*.tfrecord*"))[0]
+
+
+def flip(path: Path, position: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def duplicate_key(world: World) -> list[str]:
+    return world.yaml("steps: 7")
+
+
+def yaml_object(world: World) -> list[str]:
+    return world.yaml(f"seed: !!python/object/apply:os.mkdir ['{world.folder}/made']")
+
+
+def all_damaged(world: World) -> list[str]:
+    for step in (world.run() / "checkpoints").iterdir():
+        flip(step / "run" / "metadata")
+    return []
+
+
+def other_model(world: World) -> list[str]:
+    world.run()
+    return [f"model.base={world.copy('model')}"]
+
+
+def other_precision(world: World) -> list[str]:
+    world.run()
+    return ["precision=bfloat16"]
+
+
+def flipped_record(world: World) -> list[str]:
+    shard = world.shard()
+    flip(shard, 100)
+    return [f"data.dir={shard.parent}"]
+
+
+def cut_record(world: World) -> list[str]:
+    shard = world.shard()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return [f"data.dir={shard.parent}"]
+
+
+def no_shards(world: World) -> list[str]:
+    shard = world.shard()
+    for path in shard.parent.glob("*.tfrecord*"):
+        path.unlink()
+    return [f"data.dir={shard.parent}"]
+
+
+def empty_shard(world: World) -> list[str]:
+    shard = world.shard()
+    shard.write_bytes(b"")
+    return [f"data.dir={shard.parent}"]
+
+
+def other_shards(world: World) -> list[str]:
+    world.run()
+    return [f"data.dir={save_tiny_data(world.folder / 'other', count=16)}"]
+
+
+def missing_feature(world: World) -> list[str]:
+    shard = world.shard()
+    shard.write_bytes(records._frame(b"") * 12)  # records without any
+    return [f"data.dir={shard.parent}"]
+
+
+def pickled_weights(world: World) -> list[str]:
+    model = world.copy("model")
+    (model / "unet" / WEIGHTS).unlink()
+    (model / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    return [f"model.base={model}"]
+
+
+def cut_weights(world: World) -> list[str]:
+    model = world.copy("model")
+    weights = (model / "unet" / WEIGHTS).read_bytes()
+    (model / "unet" / WEIGHTS).write_bytes(weights[:-100])
+    return [f"model.base={model}"]
+
+
+def unwritable(world: World) -> list[str]:
+    (world.folder / "file").touch()
+    world.output = world.folder / "file" / "run"
+    return []
+
+
+BAD_INPUT: list[tuple[str, Callable[[World], list[str]], str]] = [
+    ("an unknown key", lambda world: ["step=3"], "did you mean steps?"),
+    ("a negative number", lambda world: ["optimizer.lr_rsa=-1e-4"], "optimizer.lr_rsa"),
+    ("NaN", lambda world: ["optimizer.lr_rsa=.nan"], "optimizer.lr_rsa"),
+    ("a key twice", duplicate_key, "steps"),
+    ("a Python object", yaml_object, "bad.yaml"),
+    ("no checkpoint", lambda world: ["checkpoint.resume=must"], "checkpoint.resume: must"),
+    ("all checkpoints damaged", all_damaged, "every one in"),
+    ("another model", other_model, "model.base"),
+    ("another precision", other_precision, "precision: 'bfloat16', but"),
+    ("another mesh", lambda world: ["mesh.data=3"], "mesh: data 3"),
+    ("a batch that can't be divided", lambda world: ["batch_size=9", "accumulation=2"], "9"),
+    ("a flipped bit in a record", flipped_record, "damaged at byte"),
+    ("a cut record", cut_record, "damaged at byte"),
+    ("no shards", no_shards, ".tfrecord"),
+    ("an empty shard", empty_shard, "empty shard"),
+    ("other shards than before", other_shards, "data.dir: its shards are not those"),
+    ("a feature missing", missing_feature, "record 0"),
+    ("pickled weights", pickled_weights, "pickled"),
+    ("cut weights", cut_weights, "is damaged"),
+    ("nowhere to write", unwritable, "output_dir"),
+]
+
+
+@pytest.fixture
+def world(arguments, trained, model_folder, data, tmp_path) -> World:
+    return World(tmp_path, arguments, trained, model_folder, data)
+
+
+def assert_refused(world: World, status: int, errors: str, words: str) -> None:
+    assert status == 2 and "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert words in line and errors.rstrip().endswith(line)
+    # Nothing half-written: no result, no checkpoint but those that were there.
+    assert not (world.folder / "made").exists() and not (world.folder / "new").exists()
+
+
+@pytest.mark.promise("R11", "bad input to training: one line, exit status 2, no traceback")
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [(prepare, words) for _, prepare, words in BAD_INPUT],
+    ids=[name for name, _, _ in BAD_INPUT],
+)
+def test_bad_input_is_refused_in_one_line(world, prepare, words, capsys):
+    more = prepare(world)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(partial(train, world.arguments, world.output, *more))
+    assert_refused(world, ended.value.code, capsys.readouterr().err, words)
+
+
+@pytest.mark.long
+@pytest.mark.promise("R11", "bad input to training: under 2 GB each")
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [(prepare, words) for _, prepare, words in BAD_INPUT],
+    ids=[name for name, _, _ in BAD_INPUT],
+)
+def test_bad_input_needs_little(world, prepare, words, found):
+    more = prepare(world)
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bootpig_jax.train", *world.arguments, *more]
+        + [f"output_dir={world.output}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert_refused(world, process.returncode, errors, words)
+    assert usage.ru_maxrss < 2e9 / 1024
+    found(f"{usage.ru_maxrss * 1024 / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
+
+
+@pytest.mark.long
+@pytest.mark.promise("R11", "the newest checkpoint damaged: moved aside, the one before taken")
+def test_the_newest_checkpoint_damaged(world, capsys):
+    run = world.run()
+    flip(run / "checkpoints" / str(STEPS) / "run" / "metadata")
+    train(world.arguments, run, "logging.grid_every=0", "validation.dir=null")
+    errors = capsys.readouterr().err
+    assert f"warning: checkpoint {STEPS} is damaged (run/metadata" in errors
+    assert "going on from step 4" in errors
+    assert [path.name for path in (run / "damaged_checkpoints").iterdir()] == [f"{STEPS}-0"]
+    assert (run / "checkpoints" / str(STEPS)).is_dir()
 
 
 def test_command_line_errors_are_one_line_and_status_2(arguments, tmp_path):

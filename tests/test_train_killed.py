@@ -1,6 +1,6 @@
 """SIGKILL at random moments of training costs nothing but time.
 
-`make test-long` kills 20 times, `make torture` 200 times; both print what they found as a table.
+`make test-long` kills 20 times, `make torture` 200 times.
 """
 
 import json
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def losses(output: Path) -> dict[int, float]:
     return found
 
 
+@pytest.mark.promise("R1", "SIGKILL in training: no committed step lost, same bits at the end")
 @pytest.mark.parametrize(
     ("kills", "steps"),
     [
@@ -82,7 +84,9 @@ def losses(output: Path) -> dict[int, float]:
         pytest.param(200, 10 * STEPS, marks=pytest.mark.torture),
     ],
 )
-def test_killed_runs_end_as_an_uninterrupted_one(model_folder, tmp_path, kills, steps):
+def test_killed_runs_end_as_an_uninterrupted_one(
+    model_folder: Path, tmp_path: Path, kills: int, steps: int, found: Callable[[str], None]
+) -> None:
     data = save_tiny_data(tmp_path / "tiny")
     whole, output = tmp_path / "whole", tmp_path / "killed"
     finish(start(command(model_folder, data, whole, steps)))
@@ -118,8 +122,19 @@ def test_killed_runs_end_as_an_uninterrupted_one(model_folder, tmp_path, kills, 
     assert losses(output) == expected
     for name in ("base_unet", "ref_unet"):
         assert (output / name / WEIGHTS).read_bytes() == (whole / name / WEIGHTS).read_bytes()
-    print(
-        f"\nR1  SIGKILL during training     {killed} kills, {half_written} unfinished "
-        f"checkpoints left\n    committed steps lost          0\n    losses that differ"
-        f"            0 of {steps}\n    exported weights              bit-identical"
-    )
+    found(f"{killed} kills, {half_written} unfinished checkpoints left, {steps} losses compared")
+
+
+@pytest.mark.long
+@pytest.mark.promise("R9", "the same seed three times: same losses, same weights")
+def test_the_same_seed_is_the_same_run(
+    model_folder: Path, tmp_path: Path, found: Callable[[str], None]
+) -> None:
+    data, steps = save_tiny_data(tmp_path / "tiny"), 20
+    runs = [tmp_path / str(number) for number in range(3)]
+    for run in runs:
+        finish(start(command(model_folder, data, run, steps)))
+        assert losses(run) == losses(runs[0]) and len(losses(run)) == steps
+        for name in ("base_unet", "ref_unet"):
+            assert (run / name / WEIGHTS).read_bytes() == (runs[0] / name / WEIGHTS).read_bytes()
+    found(f"{steps} updates each, bit-identical")

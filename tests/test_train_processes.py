@@ -6,17 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bootpig_jax.training.checkpointing import fault, saved_steps
 from tests.training_helpers import save_tiny_data
 
 pytestmark = pytest.mark.long
 
 STEPS = 10
+SECONDS_TO_END = 30  # that schedulers leave between SIGTERM and SIGKILL
+HANG_SECONDS = 120  # more than compiling takes
+TRAIN = ("-m", "bootpig_jax.train")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).parents[1]
 
@@ -41,8 +47,10 @@ safety: {{hang_seconds: 400}}
     return ["--config", str(folder / "tiny.yaml")]
 
 
-def start(arguments: list[str], output: Path, processes: int) -> list[subprocess.Popen[str]]:
-    """Starts a run of four devices in all."""
+def start(
+    arguments: list[str], output: Path, processes: int, last: Sequence[str] = TRAIN
+) -> list[subprocess.Popen[str]]:
+    """Starts a run of four devices in all; the last process may run another program."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -59,14 +67,14 @@ def start(arguments: list[str], output: Path, processes: int) -> list[subprocess
         }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "bootpig_jax.train", *arguments, f"output_dir={output}"],
+            [sys.executable, *program, *arguments, f"output_dir={output}"],
             env=environment | ({"JAX_PROCESS_ID": str(index)} if processes > 1 else {}),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for index in range(processes)
+        for index, program in enumerate([TRAIN] * (processes - 1) + [last])
     ]
 
 
@@ -101,11 +109,13 @@ def one_process(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return output
 
 
+@pytest.mark.promise("R5", "two processes are one run: losses within 1e-5")
 def test_two_processes_equal_one(arguments, one_process, tmp_path):
     finish(start(arguments, tmp_path / "run", 2))
     assert_same_run(tmp_path / "run", one_process)
 
 
+@pytest.mark.promise("R5", "a run of two processes goes on in one: losses within 1e-5")
 def test_sigterm_to_one_of_two_saves_once_and_one_process_goes_on(arguments, one_process, tmp_path):
     output = tmp_path / "run"
     running = start([*arguments, "steps=1000"], output, 2)
@@ -123,3 +133,63 @@ def test_sigterm_to_one_of_two_saves_once_and_one_process_goes_on(arguments, one
         os.rename(output / "checkpoints" / str(step), output / f"later-{step}")
     finish(start([*arguments, "mesh.data=1", "mesh.fsdp=4"], output, 1))
     assert_same_run(output, one_process)
+
+
+@pytest.mark.promise("R2", "SIGTERM: everything saved, exit status 0 within 30 s")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.torture)])
+def test_sigterm_loses_no_update(
+    arguments: list[str], tmp_path: Path, processes: int, times: int, found: Callable[[str], None]
+) -> None:
+    rng = np.random.default_rng(processes)
+    slowest, made = 0.0, 0
+    for _ in range(times):
+        running = start([*arguments, "steps=10000", "logging.grid_every=0"], tmp_path, processes)
+        wanted = made + int(rng.integers(1, 8))
+        assert running[0].stdout is not None
+        for line in running[0].stdout:
+            if f"{wanted}/10000" in line:
+                break
+        asked = time.perf_counter()
+        running[-1].send_signal(signal.SIGTERM)
+        finish(running)
+        slowest = max(slowest, time.perf_counter() - asked)
+        assert slowest < SECONDS_TO_END
+        made = max(losses(tmp_path))
+        assert made >= wanted and made == max(saved_steps(tmp_path / "checkpoints"))
+        assert fault(tmp_path / "checkpoints" / str(made)) is None
+    found(f"{processes} process(es): {times} of {times}, the slowest in {slowest:.1f} s")
+
+
+# The data of this process stop after three batches.
+HANGING = """
+import sys, time
+import bootpig_jax.train
+prepare, batches = bootpig_jax.train.to_pictures, []
+def hang(*arguments, **more):
+    batches.append(1)
+    if len(batches) > 3:
+        print("hanging", flush=True)
+        time.sleep(1000)
+    return prepare(*arguments, **more)
+bootpig_jax.train.to_pictures = hang
+bootpig_jax.train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.promise("R8", "one process hangs: stacks printed, all end in time")
+def test_a_peer_that_hangs_ends_all_processes(
+    arguments: list[str], tmp_path: Path, found: Callable[[str], None]
+) -> None:
+    more = ["logging.grid_every=0", f"safety.hang_seconds={HANG_SECONDS}"]
+    running = start([*arguments, *more], tmp_path / "run", 2, last=("-c", HANGING))
+    assert running[1].stdout is not None
+    # If none says so, both ended before, while compiling.
+    assert any("hanging" in line for line in running[1].stdout)
+    began = time.perf_counter()
+    printed = [process.communicate(timeout=HANG_SECONDS + 60)[0] for process in running]
+    seconds = time.perf_counter() - began
+    assert all(process.returncode != 0 for process in running), "\n".join(printed)
+    assert any("Timeout (0:02:00)!" in text and "in run_steps" in text for text in printed)
+    assert seconds < HANG_SECONDS + 10
+    found(f"limit {HANG_SECONDS} s: gone after {seconds:.0f} s")

@@ -137,35 +137,50 @@ def damage(path: Path, kind: str, rng: np.random.Generator) -> None:
             path.unlink()
 
 
-@pytest.mark.parametrize("kind", ["flip", "cut", "delete"])
-def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, kind):
-    states = two_steps(tmp_path / "whole")
-    files = [path for path in (tmp_path / "whole/checkpoints/1").rglob("*") if path.is_file()]
+MUTATIONS = 200
+
+
+@pytest.mark.promise("R3", "damaged checkpoints: none restored silently wrong")
+def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, found):
+    states = two_steps(tmp_path)
+    files = sorted(path for path in (tmp_path / "checkpoints/1").rglob("*") if path.is_file())
+    files = [path for path in files if path.stat().st_size]
     rng = np.random.default_rng(0)
-    for number, file in enumerate(path for path in files if path.stat().st_size):
-        run = tmp_path / str(number)
-        shutil.copytree(tmp_path / "whole", run)
-        damage(run / file.relative_to(tmp_path / "whole"), kind, rng)
-        checkpoints = Checkpoints(configuration(run), "f")
+    harmless = 0
+    for number in range(MUTATIONS):
+        file = files[number % len(files)]
+        original = file.read_bytes()
+        damage(file, ("flip", "cut", "delete")[number // len(files) % 3], rng)
+        checkpoints = Checkpoints(configuration(tmp_path), "f")
         if checkpoints.latest == 1:
             # Orbax's own notes on the step, which say nothing about the arrays.
             assert file.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
             with checkpoints:
                 restored = checkpoints.restore(new_state(), numbers())
             jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+            harmless += 1
         else:
             assert checkpoints.latest == 0
             (reason,) = checkpoints.damaged.values()
             # A manifest that was changed blames the file whose entry it was.
             assert file.name in reason or file.name == MANIFEST
-            last = run
-    checkpoints = Checkpoints(configuration(last), "f")
+        file.write_bytes(original)
+    found(
+        f"{MUTATIONS} mutations of {len(files)} files: {MUTATIONS - harmless} found, {harmless} "
+        "without effect"
+    )
+
+
+def test_a_damaged_step_is_moved_out_of_the_way(tmp_path):
+    states = two_steps(tmp_path)
+    damage(tmp_path / "checkpoints/1/run/metadata", "flip", np.random.default_rng(0))
+    checkpoints = Checkpoints(configuration(tmp_path), "f")
     with checkpoints:
         restored = checkpoints.restore(new_state(), numbers())
         # The bad step is out of the way, so its number can be saved again.
         checkpoints.save(_advance(restored), numbers())
-    assert sorted(path.name for path in (last / "damaged_checkpoints").iterdir()) == ["1-0"]
-    again = Checkpoints(configuration(last), "f")
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["1-0"]
+    again = Checkpoints(configuration(tmp_path), "f")
     assert again.latest == 1 and not again.damaged
     with again:
         restored = again.restore(new_state(), numbers())
@@ -194,30 +209,36 @@ def test_never_from_scratch_where_every_step_is_damaged(tmp_path):
     assert "\n" not in message
 
 
-def test_a_full_disk_leaves_the_last_good_step(tmp_path, monkeypatch):
+@pytest.mark.promise("R4", "disk full: the last good checkpoint can be restored")
+def test_a_full_disk_leaves_the_last_good_step(tmp_path, found):
     states = two_steps(tmp_path)
-    state = new_state(width=4096)  # of more than the limit
+    state = _advance(_advance(new_state(width=4096)))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    state = _advance(_advance(state))
-    with pytest.raises(UserError, match="cannot be written .* the last good one is step 1"):
-        try:
-            with Checkpoints(configuration(tmp_path), "f") as checkpoints:
-                # Writes beyond it fail, as on a full disk.
-                resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limit[1]))
-                checkpoints.save(state, numbers())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    checkpoints = Checkpoints(configuration(tmp_path), "f")
-    assert checkpoints.latest == 1
-    with checkpoints:
-        restored = checkpoints.restore(new_state(), numbers())
-    jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+    for largest in 2 ** np.arange(5, 15):  # bytes: each lets the save come further
+        with pytest.raises(UserError, match="cannot be written .* the last good one is step 1"):
+            try:
+                with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+                    # Writes beyond it fail, as on a full disk.
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), limit[1]))
+                    checkpoints.save(state, numbers())
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        checkpoints = Checkpoints(configuration(tmp_path), "f")
+        assert checkpoints.latest == 1
+        with checkpoints:
+            restored = checkpoints.restore(new_state(), numbers())
+        jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+    found("10 of 10 writes that fail, after 32 bytes to 16 KiB of a file")
+
+
+def test_too_little_space_is_told_before_training(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     with pytest.raises(UserError, match="0.0 GB free, its checkpoints need"):
-        checkpoints.check_space(state)
+        Checkpoints(configuration(tmp_path), "f").check_space(new_state(width=4096))
 
 
+@pytest.mark.promise("R7", "NaN: never in a checkpoint")
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     two_steps(tmp_path)
     state = jax.tree.map(lambda leaf: leaf, _advance(_advance(new_state())))

@@ -72,6 +72,7 @@ def train(config: TrainConfig, broken: set[int], saves: Saves) -> None:
         )
 
 
+@pytest.mark.promise("R7", "NaN: the run stops after N updates in a row")
 def test_gives_up_after_many_skipped_updates_in_a_row(tmp_path):
     config = configuration(tmp_path, safety={"max_skipped": 5})
     saves = Saves()
@@ -118,6 +119,7 @@ def hang(config: TrainConfig) -> None:
     )
 
 
+@pytest.mark.promise("R8", "a hung loader: stacks printed, the process ends in time")
 def test_a_loader_that_hangs_ends_the_process_with_its_stacks(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", HANGS, str(tmp_path)],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import wandb
 from jax.sharding import PartitionSpec as P
 
 from bootpig_jax.config import (
@@ -143,6 +144,7 @@ def test_metrics_are_read_in_intervals(tmp_path, monkeypatch):
         logging=LoggingConfig(every=3),
     )
     with MetricLogger(config, first_step=0) as logger:
+        logger.flops = 2e9
         for step in range(1, 8):
             by_timestep = loss_by_timestep(jnp.array([1.0, step]), jnp.array([0, 999]), 1000)
             metrics = {"loss": jnp.float32(step), "skipped": jnp.float32(0), **by_timestep}
@@ -151,9 +153,80 @@ def test_metrics_are_read_in_intervals(tmp_path, monkeypatch):
     assert reads == [3, 3, 1]
     rows = read_history(tmp_path)
     assert [row["loss"] for row in rows] == [2, 5, 7]
+    for row in rows:
+        # 2 GFLOP for 64 images; what a CPU could do at most is not known.
+        assert row["gflops_per_second"] == pytest.approx(2 * row["images_per_second"] / 64)
+        assert "mfu" not in row
     assert [row["loss_t90-100"] for row in rows] == [2, 5, 7] and rows[0]["loss_t00-10"] == 1
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"samples" in events.read_bytes()
+
+
+class Accelerator:
+    """Stands for one of two devices."""
+
+    device_kind = "NVIDIA H100 80GB HBM3"
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"peak_bytes_in_use": 3 * 2**30}
+
+
+def test_utilisation_is_of_all_devices_and_leaves_pauses_out(tmp_path, monkeypatch):
+    now = iter([0.0, 10.0, 110.0, 111.0])  # opened; a pause of 100 s; read
+    monkeypatch.setattr("bootpig_jax.training.metrics.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()] * 2)
+    monkeypatch.setattr(jax, "local_devices", jax.devices)
+    config = TrainConfig(
+        model=ModelConfig(base="base"),
+        data=DataConfig(dir=Path("data")),
+        output_dir=tmp_path,
+        steps=1,
+    )
+    by_timestep = loss_by_timestep(jnp.ones(1), jnp.zeros(1, int), 1000)
+    with MetricLogger(config, first_step=0) as logger:
+        logger.flops = 0.4 * 2 * 989e12 * 11
+        with logger.paused():
+            pass
+        logger.update(1, {"loss": 1.0, "skipped": 0.0, **by_timestep}, waited=0.0)
+    (row,) = read_history(tmp_path)
+    assert row["mfu"] == pytest.approx(0.4) and row["memory_gib"] == 3
+
+
+@pytest.mark.long  # Its service takes seconds to start.
+def test_weights_and_biases_gets_everything(tmp_path, monkeypatch):
+    for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run").mkdir()
+    config = TrainConfig(
+        model=ModelConfig(base="base"),
+        data=DataConfig(dir=Path("data")),
+        output_dir=tmp_path / "run",
+        steps=2,
+        logging=LoggingConfig(every=1, wandb="project"),
+    )
+    by_timestep = loss_by_timestep(jnp.ones(1), jnp.zeros(1, int), 1000)
+    for first in (0, 1):  # the second start goes on
+        with MetricLogger(config, first_step=first) as logger:
+            for step in range(first + 1, 3):
+                metrics = {"loss": jnp.float32(step), "skipped": jnp.float32(0), **by_timestep}
+                logger.update(step, metrics, waited=0.0)
+            logger.scalars(2, "validation", {"loss": 0.5})
+            logger.image(2, "samples", np.zeros((4, 4, 3), np.uint8))
+    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    identity = (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert len(runs) == 2 and all(run.name.endswith(identity) for run in runs)
+    (transaction_log,) = runs[0].glob("*.wandb")
+    written = transaction_log.read_bytes()
+    assert b"train/loss" in written and b"validation/loss" in written
+    assert list(runs[0].glob("files/media/images/samples_2_*.png"))
+
+    def refuse(**settings: object) -> None:
+        raise wandb.Error("No API key configured.\nAnd so on.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match="logging.wandb: .* No API key .* WANDB_MODE=offline"):
+        MetricLogger(config, first_step=0)
 
 
 def test_picture_grid():

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from jax._src.cudnn import fused_attention_stablehlo
 from torch.utils.flop_counter import FlopCounterMode
 
 import bootpig_jax.train
 from bootpig_jax.checkpoints.diffusers import load_unet
-from bootpig_jax.training.flops import count_flops
+from bootpig_jax.training.flops import count_flops, peak_flops
 from tests.tiny_models import save_tiny_model, torch_unet
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,35 @@ def test_flops_multiply_loops_and_devices_out():
     )(jnp.zeros((1, 8, 8, 2)))
     forward = 2 * 4 * 4 * 5 * 3 * 3 * 2
     assert count_flops(gradient) == 2 * forward
+
+
+def test_flops_of_cudnns_attention_are_counted(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    shape = jax.ShapeDtypeStruct((2, 64, 3, 8), jnp.bfloat16)
+    longer = jax.ShapeDtypeStruct((2, 128, 3, 8), jnp.bfloat16)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").sum()
+
+    scores = 2 * 2 * 3 * 64 * 128 * 8
+    assert count_flops(jax.make_jaxpr(attend)(shape, longer, longer)) == 2 * scores
+    gradient = jax.grad(attend, argnums=(0, 1, 2))
+    assert count_flops(jax.make_jaxpr(gradient)(shape, longer, longer)) == 6 * scores
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_found_by_the_kind_of_device(kind, teraflops):
+    assert peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:

@@ -129,9 +129,17 @@ def run(
     return before, jax.device_get(history)
 
 
+STEPS, MANY_STEPS = 3, 10
+
+
 @pytest.fixture(scope="module")
 def one_device(parts: Parts) -> tuple[TrainState, list[Metrics]]:
-    return run(parts, configuration(), steps=3, devices=1)
+    return run(parts, configuration(), STEPS, devices=1)
+
+
+@pytest.fixture(scope="module")
+def one_device_many_steps(parts: Parts) -> tuple[TrainState, list[Metrics]]:
+    return run(parts, configuration(), MANY_STEPS, devices=1)
 
 
 def adam_moments(state: TrainState, moment: str) -> dict[str, np.ndarray]:
@@ -273,17 +281,19 @@ def encoded_parts(parts: Parts) -> Parts:
 
 
 @pytest.mark.parametrize(
-    ("devices", "mesh", "accumulation"),
+    ("devices", "mesh", "accumulation", "steps"),
     [
-        pytest.param(1, {}, 4, marks=pytest.mark.long),
-        (8, {"data": 4, "fsdp": 2}, 2),
-        pytest.param(8, {"data": 8}, 1, marks=pytest.mark.long),
-        pytest.param(8, {"data": 1, "fsdp": 8}, 1, marks=pytest.mark.long),
-        pytest.param(8, {"data": 2, "fsdp": 4}, 1, marks=pytest.mark.long),
+        (8, {"data": 4, "fsdp": 2}, 2, STEPS),
+        pytest.param(1, {}, 4, MANY_STEPS, marks=pytest.mark.long),
+        pytest.param(8, {"data": 8}, 1, MANY_STEPS, marks=pytest.mark.long),
+        pytest.param(8, {"data": 1, "fsdp": 8}, 1, MANY_STEPS, marks=pytest.mark.long),
+        pytest.param(8, {"data": 2, "fsdp": 4}, 1, MANY_STEPS, marks=pytest.mark.long),
+        pytest.param(8, {"data": 4, "fsdp": 2}, 2, MANY_STEPS, marks=pytest.mark.long),
     ],
 )
+@pytest.mark.promise("R5", "meshes and accumulation: losses, gradients as on one device")
 def test_meshes_and_accumulation_change_nothing(
-    encoded_parts, one_device, devices, mesh, accumulation
+    encoded_parts, request, devices, mesh, accumulation, steps, found
 ):
     """... and neither does a batch that was encoded before; `one_device` saw the pictures."""
     config = configuration(
@@ -292,8 +302,10 @@ def test_meshes_and_accumulation_change_nothing(
         # In one of the cases: it changes nothing else.
         ema_decay=0.9 if accumulation == 2 else None,
     )
-    state, history = run(encoded_parts, config, steps=3, devices=devices)
-    expected_state, expected_history = one_device
+    state, history = run(encoded_parts, config, steps, devices)
+    expected_state, expected_history = request.getfixturevalue(
+        "one_device" if steps == STEPS else "one_device_many_steps"
+    )
     for metrics, expected in zip(history, expected_history, strict=True):
         assert metrics.keys() == expected.keys()
         for name in metrics:
@@ -304,6 +316,7 @@ def test_meshes_and_accumulation_change_nothing(
         np.testing.assert_allclose(
             adam_moments(state, "mu")[name], expected, atol=1e-4 * scale, err_msg=name
         )
+    found(f"{mesh or '1 device'} x {accumulation}, {steps} steps")
 
 
 @pytest.mark.long
@@ -311,7 +324,7 @@ def test_rematerialisation_changes_nothing_but_memory(parts, one_device):
     bootpig = merge_parameters(parts.graphs.bootpig, parts.trainable, parts.frozen.unets)
     bootpig.base.remat = bootpig.reference.remat = True
     graphs = dataclasses.replace(parts.graphs, bootpig=nnx.split(bootpig)[0])
-    state, history = run(dataclasses.replace(parts, graphs=graphs), configuration(), 3, 1)
+    state, history = run(dataclasses.replace(parts, graphs=graphs), configuration(), STEPS, 1)
     for metrics, expected in zip(history, one_device[1], strict=True):
         for name in metrics:
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)

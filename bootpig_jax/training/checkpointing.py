@@ -17,6 +17,7 @@ that the project uses for training is in this file.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -234,6 +235,8 @@ class Checkpoints:
                 (step / MANIFEST).write_text(content + "\n", encoding="utf-8")
 
     def _not_saved(self, error: Exception) -> UserError:
+        # The writes of all other arrays fail as well; each would say so, with a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return UserError(
             f"output_dir: a checkpoint cannot be written ({_reason(error)}); make room, "
             f"then start again: {self._good()}"

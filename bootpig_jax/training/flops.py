@@ -1,13 +1,35 @@
 """Counts the floating point operations of a program: 2 for each multiply-add.
 
 Only matrix products and convolutions are counted, as is customary; everything else is a few
-percent. The count is of what the program says, before any compiler: the same on every device.
+percent. The count is of what the program says, before any compiler. cuDNN's attention counts as the
+two products of its forward pass and the four of its backward pass, without what that computes
+again.
 """
 
 import math
 from typing import Any
 
 import jax
+
+# Dense bfloat16 matrix multiplication, FLOP/s, from the makers' data sheets (figures "with
+# sparsity" halved). The names are how JAX's `device_kind` begins; a longer one goes first.
+PEAKS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v4": 275e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the FLOP/s that a device's maker states; None for devices that are not in `PEAKS`."""
+    return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -34,7 +56,17 @@ def _of_equation(equation: Any) -> float:
         case "shard_map":
             # Its body is what one device does.
             return equation.params["mesh"].size * count_flops(equation.params["jaxpr"])
+        case "dot_product_attention_fwd_wrapper":
+            return 2 * _of_scores(equation)
+        case "dot_product_attention_bwd_wrapper":
+            return 4 * _of_scores(equation)
     return sum(count_flops(inner) for inner in _inner(equation.params))
+
+
+def _of_scores(equation: Any) -> float:
+    """The product of queries [b, n, h, d] and keys [b, m, h, d]."""
+    queries, keys = (operand.aval.shape for operand in equation.invars[:2])
+    return 2.0 * math.prod(queries) * keys[1]
 
 
 def _of_convolution(equation: Any) -> float:

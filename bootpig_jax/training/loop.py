@@ -47,6 +47,7 @@ from bootpig_jax.training.step import (
 from bootpig_jax.training.validation import Validate
 
 TrainStep = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+CountFlops = Callable[[TrainState, Frozen, Batch], float]
 DrawGrid = Callable[[TrainState], UInt8[np.ndarray, "H W 3"]]
 
 
@@ -91,6 +92,7 @@ def run_steps(
     mesh: Mesh,
     checkpoints: Checkpoints,
     logger: MetricLogger,
+    count_flops: CountFlops | None = None,
     draw_grid: DrawGrid | None = None,
     validate: Validate | None = None,
 ) -> tuple[TrainState, bool]:
@@ -106,6 +108,7 @@ def run_steps(
       mesh: the devices.
       checkpoints: open.
       logger: open.
+      count_flops: returns the FLOPs of an update, for the logger.
       draw_grid: draws samples of a state, every `config.logging.grid_every` updates.
       validate: measures a state on held-out samples, every `config.validation.every` updates.
 
@@ -119,7 +122,10 @@ def run_steps(
             before = time.perf_counter()
             batch = prepare(next(loader))
             waited = time.perf_counter() - before
-            state, metrics = train_step(state, frozen, place_batch(batch, mesh))
+            batch = place_batch(batch, mesh)
+            if logger.flops is None and count_flops is not None:
+                logger.flops = count_flops(state, frozen, batch)
+            state, metrics = train_step(state, frozen, batch)
             step += 1
             for read in logger.update(step, metrics, waited):
                 skipped = skipped + 1 if read["skipped"] else 0
@@ -132,10 +138,12 @@ def run_steps(
             if step % config.checkpoint.every == 0:
                 checkpoints.save(state, loader)
             if validate is not None and step % config.validation.every == 0:
-                logger.scalars(step, "validation", summary(validate(state)))
+                with logger.paused():
+                    logger.scalars(step, "validation", summary(validate(state)))
             grid_every = config.logging.grid_every
             if draw_grid is not None and grid_every and step % grid_every == 0:
-                logger.image(step, "samples", draw_grid(state))
+                with logger.paused():
+                    logger.image(step, "samples", draw_grid(state))
         checkpoints.save(state, loader)
     return state, step >= config.steps
 
@@ -254,7 +262,6 @@ def make_draw_grid(
             encoded.text,
             None if noise is None else noise.astype(graphs.dtype),
             solver=solver,
-            schedule=graphs.schedule,
             image_guidance_scale=logging.image_guidance_scale,
             guidance_scale=logging.guidance_scale,
             reference_timestep=conditioning.reference_timestep,

@@ -3,11 +3,17 @@
 Reading a scalar waits for the device. So the step's metrics are kept as they are, on the device,
 and read together every `logging.every` updates. Each reading is a line of `history.jsonl`: its step
 and the means since the last one. `python -m bootpig_jax.plot_run` draws that file.
+
+How fast it goes: `images_per_second`; `gflops_per_second`, of all devices together; `mfu`, these as
+a part of the devices' stated peak, where that is known (`training.flops.PEAKS`). Work that is done
+twice, as under `remat`, counts once.
 """
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +26,7 @@ from tqdm import tqdm
 
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.errors import UserError
+from bootpig_jax.training.flops import peak_flops
 from bootpig_jax.training.optimizer import learning_rate
 from bootpig_jax.training.step import TIMESTEP_BUCKETS
 
@@ -34,13 +41,21 @@ class MetricLogger:
       first_step: updates already made. What an earlier start logged beyond them is forgotten.
       active: False on all processes but the first, which then show nothing.
 
+    Attributes:
+      flops: of an update, over all devices; None while they are not known.
+
     Raises:
-      UserError: `logging.wandb` is set and Weights & Biases is not installed.
+      UserError: `logging.wandb` is set and Weights & Biases is not installed or can't be used.
     """
 
     def __init__(self, config: TrainConfig, *, first_step: int, active: bool = True) -> None:
         """See the class."""
+        self.flops: float | None = None
         self._config, self._active = config, active
+        # First: it is what may fail.
+        self._wandb: Any = (
+            _wandb_run(config) if active and config.logging.wandb is not None else None
+        )
         self._bar = tqdm(
             total=config.steps,
             initial=first_step,
@@ -48,19 +63,15 @@ class MetricLogger:
             dynamic_ncols=True,
             disable=not active,
         )
+        if active:
+            folder = config.output_dir
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            earlier = [row for row in read_history(folder) if row["step"] <= first_step]
+            self._history = (folder / HISTORY).open("w", encoding="utf-8")
+            self._history.writelines(f"{json.dumps(row)}\n" for row in earlier)
         self._pending: list[Mapping[str, Array]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
-        self._wandb: Any = None
-        if not active:
-            return
-        folder = config.output_dir
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        earlier = [row for row in read_history(folder) if row["step"] <= first_step]
-        self._history = (folder / HISTORY).open("w", encoding="utf-8")
-        self._history.writelines(f"{json.dumps(row)}\n" for row in earlier)
-        if config.logging.wandb is not None:
-            self._wandb = _wandb_run(config)
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -103,27 +114,28 @@ class MetricLogger:
         scalars = summary(fetched) | {
             "images_per_second": len(fetched) * self._config.batch_size / seconds,
             "waiting_for_data": self._waited / seconds,
+            **self._speed(len(fetched) / seconds),
             **self._learning_rates(step),
             **_memory(),
         }
         self.scalars(step, "train", scalars)
-        self._bar.set_postfix(
-            {
-                "loss": f"{scalars.get('loss', np.nan):.4f}",
-                "images/s": f"{scalars['images_per_second']:.3g}",
-            },
-            refresh=False,
-        )
+        shown = {
+            "loss": f"{scalars.get('loss', np.nan):.4f}",
+            "images/s": f"{scalars['images_per_second']:.3g}",
+        }
+        if "mfu" in scalars:
+            shown["MFU"] = f"{scalars['mfu']:.0%}"
+        elif "gflops_per_second" in scalars:
+            shown["GFLOP/s"] = f"{scalars['gflops_per_second']:.3g}"
+        if "memory_gib" in scalars:
+            shown["GiB"] = f"{scalars['memory_gib']:.1f}"
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(len(fetched))
         self._pending, self._waited, self._since = [], 0.0, now
         return fetched
 
     def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
-        """Writes values of one step: a line of the history, and a curve for each elsewhere.
-
-        The time it took to get others than the training's own does not count as training.
-        """
-        self._since = time.perf_counter()
+        """Writes values of one step: a line of the history, and a curve for each elsewhere."""
         if not self._active:
             return
         self._history.write(json.dumps({"step": step, "group": group, **values}) + "\n")
@@ -134,11 +146,32 @@ class MetricLogger:
             self._wandb.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
 
     def image(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Shows a picture in TensorBoard. The time it took to make does not count as training."""
-        if self._active:
-            self._writer.add_image(name, picture, step, dataformats="HWC")
-            self._writer.flush()
-        self._since = time.perf_counter()
+        """Shows a picture in TensorBoard, and in Weights & Biases."""
+        if not self._active:
+            return
+        self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(picture)}, step=step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within does not count as training."""
+        jax.block_until_ready(self._pending)  # The updates before are still being computed.
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before
+
+    def _speed(self, updates_per_second: float) -> dict[str, float]:
+        if self.flops is None:
+            return {}
+        speed = self.flops * updates_per_second
+        devices = jax.devices()
+        peak = peak_flops(devices[0].device_kind)
+        utilisation = {} if peak is None else {"mfu": speed / (len(devices) * peak)}
+        return {"gflops_per_second": speed / 1e9, **utilisation}
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         config = self._config.optimizer
@@ -215,11 +248,22 @@ def _wandb_run(config: TrainConfig) -> Any:
         raise UserError(
             "logging.wandb: Weights & Biases is not installed: pip install wandb, or leave it unset"
         ) from None
-    return wandb.init(
-        project=config.logging.wandb,
-        dir=str(config.output_dir),
-        config=config.model_dump(mode="json"),
-        # A run that goes on is the same run there, too.
-        id=f"{config.output_dir.absolute().name}-{config.seed}",
-        resume="allow",
-    )
+    # A run that goes on is the same run there, too; its name stays free for the user to change.
+    identity = config.output_dir / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+    try:
+        return wandb.init(
+            project=config.logging.wandb,
+            dir=str(config.output_dir),
+            name=config.output_dir.absolute().name,
+            config=config.model_dump(mode="json"),
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"logging.wandb: Weights & Biases can't start a run: {reason}: log in with `wandb "
+            "login`, or set WANDB_MODE=offline"
+        ) from None

@@ -390,6 +390,13 @@ def take_apart(
     return graphs, cast(trained, jnp.float32), frozen
 
 
+def without_remat(graphs: Graphs, state: TrainState, frozen: Frozen) -> Graphs:
+    """Returns the graphs of networks that keep all activations for the backward pass."""
+    bootpig: BootPIG = merge_parameters(graphs.bootpig, state.trainable, frozen.unets)
+    bootpig.base.remat = bootpig.reference.remat = False
+    return dataclasses.replace(graphs, bootpig=nnx.graphdef(bootpig))
+
+
 def first_state(
     trainable: Parameters, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
