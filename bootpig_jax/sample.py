@@ -5,31 +5,55 @@
 
 Without `--references` the pictures come from the text alone. `out/` gets one PNG for each picture,
 `PROMPT_IMAGE.png` counted from 0, and `contact_sheet.png`.
+
+    python -m bootpig_jax.sample ... --image room.png --mask mask.png   (inpainting)
+    python -m bootpig_jax.sample --model FOLDER --bootpig FOLDER --jobs jobs.jsonl --output out/
+    python -m bootpig_jax.sample --from-png out/000_00.png --output again/
 """
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 from PIL import Image
 
 from bootpig_jax.attention import STRATEGIES
-from bootpig_jax.checkpoints.diffusers import find_model
+from bootpig_jax.checkpoints.diffusers import find_model, read_json
 from bootpig_jax.checkpoints.tokenizer import load_tokenizer, tokenize_with_warnings
+from bootpig_jax.compilation_cache import use_compilation_cache
+from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.diffusion.solvers import SIGMAS, SOLVERS, SPACINGS
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.sampling.batches import Place
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
-from bootpig_jax.sampling.pipeline import (
-    BootPIGPipeline,
+from bootpig_jax.sampling.inpainting import open_original
+from bootpig_jax.sampling.jobs import draw_jobs, plan_jobs, read_jobs
+from bootpig_jax.sampling.picture_settings import (
+    InputFile,
+    PictureSettings,
+    read_picture_settings,
+    write_png,
+)
+from bootpig_jax.sampling.pipeline import BootPIGPipeline, solver_of
+from bootpig_jax.sampling.references import SEGMENTERS, open_reference
+from bootpig_jax.sampling.requests import Request
+from bootpig_jax.sampling.settings import (
     SamplingSettings,
+    check_original,
     check_prompts,
     check_reference_count,
 )
-from bootpig_jax.sampling.references import SEGMENTERS, open_reference
+
+# What jobs say themselves, and what a picture's settings say once.
+_NOT_WITH_JOBS = ("prompt", "references", "image", "mask", "save_references")
+_NOT_WITH_FROM_PNG = ("num_images",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,34 +64,140 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    defaults = SamplingSettings()
-    parser = _Parser(prog="python -m bootpig_jax.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="folder in diffusers' layout, or hub id")
-    parser.add_argument(
-        "--bootpig", help="folder with base_unet/ and ref_unet/; untrained without it"
+    """Reads the command line. Options that are not given are not in the result."""
+    default = SamplingSettings()
+    parser = _Parser(
+        prog="python -m bootpig_jax.sample",
+        usage="""
+    %(prog)s --model FOLDER --bootpig FOLDER --references FILE ... --prompt TEXT --output DIR
+    %(prog)s ... --image FILE --mask FILE                         (inpainting)
+    %(prog)s --model FOLDER --bootpig FOLDER --jobs FILE --output DIR
+    %(prog)s --from-png FILE --output DIR""",
+        description="Draws a subject, shown by one to sixteen pictures, in new scenes.",
+        epilog="Every PNG holds what it was drawn from; docs/sampling.md has examples.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    parser.add_argument("--references", nargs="+", metavar="FILE", help="pictures of the subject")
-    parser.add_argument("--output", required=True, type=Path, help="folder, new or empty")
-    parser.add_argument("--strategy", default=defaults.strategy, help=", ".join(STRATEGIES))
-    parser.add_argument("--steps", type=int, default=defaults.num_inference_steps)
-    parser.add_argument("--image-guidance", type=float, default=defaults.image_guidance_scale)
-    parser.add_argument("--guidance", type=float, default=defaults.guidance_scale)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--num-images", type=int, default=defaults.num_images, help="for each prompt"
+    what = parser.add_argument_group("what to draw")
+    what.add_argument(
+        "--model", metavar="FOLDER", help="text-to-image model in diffusers' layout, or a hub id"
     )
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--solver", default=defaults.solver, help="unipc, ddim")
-    parser.add_argument("--segmenter", default=defaults.segmenter, help=", ".join(SEGMENTERS))
-    parser.add_argument("--height", type=int, help="in pixels; the model's own by default")
-    parser.add_argument("--width", type=int, help="in pixels; the model's own by default")
-    parser.add_argument(
+    what.add_argument(
+        "--bootpig",
+        metavar="FOLDER",
+        help="trained base_unet/ and ref_unet/; without it both are the model's",
+    )
+    what.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    what.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    what.add_argument("--references", nargs="+", metavar="FILE", help="pictures of the subject")
+    what.add_argument(
+        "--image", metavar="FILE", help="a picture to change, with --mask or --strength"
+    )
+    what.add_argument(
+        "--mask", metavar="FILE", help="of its size: white is drawn anew, black stays"
+    )
+    what.add_argument(
+        "--jobs", type=Path, metavar="FILE", help="many subjects and prompts: one job a line, JSON"
+    )
+    what.add_argument(
+        "--from-png", type=Path, metavar="FILE", help="repeat a picture; other options override"
+    )
+    what.add_argument("--num-images", type=int, metavar="N", help="for each prompt; default 1")
+    what.add_argument("--seed", type=int, metavar="N", help="of all noise; default 0")
+    what.add_argument("--height", type=int, metavar="N", help="pixels; default: the model's own")
+    what.add_argument("--width", type=int, metavar="N", help="likewise")
+
+    out = parser.add_argument_group("where to")
+    out.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="new or empty; with --jobs also one to go on with",
+    )
+    out.add_argument(
+        "--save-references",
+        action="store_true",
+        help="write references/NN.png too: what the model sees of them",
+    )
+
+    refs = parser.add_argument_group("references")
+    refs.add_argument(
+        "--segmenter",
+        metavar="NAME",
+        help=f"cuts the subject out: {', '.join(SEGMENTERS)}; default auto",
+    )
+    refs.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help=f"pools several: {', '.join(STRATEGIES)}; default {default.strategy}",
+    )
+    refs.add_argument(
+        "--reference-scale",
+        type=float,
+        metavar="X",
+        help="factor on their keys; default: as trained",
+    )
+    refs.add_argument(
+        "--reference-caption",
+        metavar="TEXT",
+        help="text that is read with them: target (the prompt), first_clause, object, or words "
+        "of your own; default: as trained",
+    )
+    refs.add_argument(
+        "--reuse-features",
+        type=int,
+        metavar="N",
+        help="see them anew at every Nth step only: faster, approximate; default 1",
+    )
+
+    how = parser.add_argument_group("how to draw")
+    how.add_argument(
+        "--steps",
+        type=int,
+        dest="num_inference_steps",
+        metavar="N",
+        help=f"default {default.num_inference_steps}",
+    )
+    how.add_argument(
+        "--solver", metavar="NAME", help=f"{', '.join(SOLVERS)}; default {default.solver}"
+    )
+    how.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help=f"of the steps: {', '.join(SPACINGS)}; default: the model's",
+    )
+    how.add_argument(
+        "--sigmas", metavar="NAME", help=f"noise levels: {', '.join(SIGMAS)}; default default"
+    )
+    how.add_argument(
+        "--guidance",
+        type=float,
+        dest="guidance_scale",
+        metavar="X",
+        help=f"pull towards the prompt; default {default.guidance_scale}",
+    )
+    how.add_argument(
+        "--image-guidance",
+        type=float,
+        dest="image_guidance_scale",
+        metavar="X",
+        help=f"pull towards the references; default {default.image_guidance_scale}",
+    )
+    how.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="part of the way from noise to picture that is guided; default 0 1",
+    )
+    how.add_argument(
+        "--strength", type=float, metavar="X", help="part of --image drawn anew; default 1"
+    )
+    how.add_argument("--batch-size", type=int, metavar="N", help="drawn together; default 4")
+    how.add_argument("--strict", action="store_true", help="a prompt that is too long is an error")
+    how.add_argument(
         "--allow-pickle", action="store_true", help="open .bin weights too; only tensors are read"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="a prompt that is too long is an error"
     )
     return parser.parse_args(arguments)
 
@@ -78,50 +208,240 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         UserError: something in the arguments is wrong; nothing has been written then.
     """
-    options = parse_arguments(arguments)
-    settings = SamplingSettings(
-        num_inference_steps=options.steps,
-        image_guidance_scale=options.image_guidance,
-        guidance_scale=options.guidance,
-        strategy=options.strategy,
-        num_images=options.num_images,
-        seed=options.seed,
-        solver=options.solver,
-        segmenter=options.segmenter,
-        height=options.height,
-        width=options.width,
-        batch_size=options.batch_size,
-        strict=options.strict,
-    )
-    prompts = check_prompts(options.prompt)
-    if options.bootpig and not options.references:
-        raise UserError("references: --bootpig needs at least one; give --references FILE ...")
-    references: list[Image.Image] | None = None
-    if options.references:
-        check_reference_count(len(options.references))
-        references = [open_reference(path) for path in options.references]
+    given = vars(parse_arguments(arguments))
+    use_compilation_cache()
+    if "jobs" in given and "from_png" in given:
+        raise UserError("jobs: does not go with --from-png; leave one out")
+    with _warnings_as_lines():
+        if "jobs" in given:
+            run_jobs(given)
+        elif "from_png" in given:
+            repeat_picture(given)
+        else:
+            draw_prompts(given)
 
-    with new_folder(options.output) as folder, _warnings_as_lines():
-        model = find_model(options.model, allow_pickle=options.allow_pickle)
-        if options.strict:
-            tokenize_with_warnings(load_tokenizer(model / "tokenizer"), prompts, strict=True)
-        _say(f"loading {model}")
-        pipeline = BootPIGPipeline.from_pretrained(
-            model, options.bootpig, allow_pickle=options.allow_pickle
+
+def draw_prompts(given: dict[str, Any]) -> None:
+    """Draws every prompt with the same references."""
+    _need(given, "model", "prompt")
+    settings = _settings(SamplingSettings(), given)
+    prompts = check_prompts(given["prompt"])
+    inputs = _Inputs.of(given, settings)
+    with new_folder(given["output"]) as folder:
+        model = _checked_model(given["model"], given, [(text, settings) for text in prompts])
+        pipeline = _load(model, given.get("bootpig"), given)
+        references = inputs.references
+        seen = settings
+        if "save_references" in given and references:
+            references = _save_references(pipeline, inputs, settings, folder)
+            seen = dataclasses.replace(settings, segmenter="none")
+        record = PictureSettings(
+            model=given["model"],
+            bootpig=given.get("bootpig"),
+            prompt=prompts[0],
+            settings=settings,
+            **inputs.files,
         )
         _say("drawing; the first batch compiles the program")
-        images = pipeline.draw(prompts, references, settings, progress=True)
-        rows = []
-        for p, prompt in enumerate(prompts):
-            drawn = images[p * settings.num_images : (p + 1) * settings.num_images]
-            for j, image in enumerate(drawn):
-                _save(image, folder / f"{p:03d}_{j:02d}.png")
-            left = [references] if references else []
-            rows.append(Row(prompt, [*left, *([image] for image in drawn)]))
-        titles = ["references"] if references else []
+        pictures = {}
+        for drawn in pipeline.draw_each(
+            prompts, references or None, seen, image=inputs.image, mask=inputs.mask, progress=True
+        ):
+            p, j = drawn.prompt, drawn.image
+            own = {"prompt": prompts[p], "prompt_index": p, "image_index": j, "place": drawn.place}
+            path = folder / f"{p:03d}_{j:02d}.png"
+            write_png(path, drawn.picture, record.model_copy(update=own))
+            pictures[p, j] = drawn.picture
+        left = {"references": inputs.references, "image": [inputs.image] if inputs.image else []}
+        titles = [title for title, column in left.items() if column]
+        rows = [
+            Row(
+                prompt,
+                [left[title] for title in titles]
+                + [[pictures[p, j]] for j in range(settings.num_images)],
+            )
+            for p, prompt in enumerate(prompts)
+        ]
         sheet = folder / "contact_sheet.png"
-        _save(contact_sheet(rows, titles), sheet)
+        write_png(sheet, contact_sheet(rows, titles))
         print(sheet)
+
+
+def repeat_picture(given: dict[str, Any]) -> None:
+    """Draws the picture of a PNG again, with what is given on the command line changed."""
+    for name in _NOT_WITH_FROM_PNG:
+        if name in given:
+            raise UserError(f"{name}: does not go with --from-png, which repeats one picture")
+    if len(given.get("prompt", [""])) > 1:
+        raise UserError("prompt: give one with --from-png, which repeats one picture")
+    record, picture = read_picture_settings(given["from_png"])
+    if "model" not in given and not Path(record.model).is_dir():
+        # A picture from somebody else must not make this machine download things.
+        raise UserError(
+            f"model: {record.model!r}, which the picture was drawn with, is no folder here; "
+            "give --model"
+        )
+    settings = _settings(record.settings, given)
+    changed = given.keys() - {"from_png", "output", "save_references", "allow_pickle", "strict"}
+    for name, files in (
+        ("references", record.references),
+        ("image", (record.image,)),
+        ("mask", (record.mask,)),
+    ):
+        if name not in given:
+            for file in files:
+                if file is not None:
+                    file.check(name)
+    paths: dict[str, Any] = {"references": [file.path for file in record.references]}
+    paths |= {
+        name: file.path
+        for name, file in (("image", record.image), ("mask", record.mask))
+        if file is not None
+    }
+    given = {"model": record.model, "bootpig": record.bootpig} | paths | given
+    inputs = _Inputs.of(given, settings)
+    (prompt,) = check_prompts(given.get("prompt", [record.prompt]))
+    place = Place(1, 1, 0) if "batch_size" in given else record.place
+    with new_folder(given["output"]) as folder:
+        model = _checked_model(given["model"], given, [(prompt, settings)])
+        pipeline = _load(model, given["bootpig"], given)
+        if "save_references" in given and inputs.references:
+            _save_references(pipeline, inputs, settings, folder)
+        request = inputs.request(pipeline, prompt, settings, record.prompt_index)
+        _say("drawing; the first batch compiles the program")
+        drawn = pipeline.draw_batch(
+            [request] * place.prompts,
+            [record.image_index] * place.images,
+            on_step=(lambda step, steps: None) if place.stepwise else None,
+        )[place.row]
+        if not changed:
+            same = np.array_equal(np.asarray(drawn), np.asarray(picture))
+            _say(
+                "the pixels are identical"
+                if same
+                else "warning: the pixels differ; the model, the machine or a version is another"
+            )
+        update = {"model": given["model"], "bootpig": given["bootpig"], "prompt": prompt}
+        update |= {"settings": settings, "place": place, **inputs.files}
+        fresh = PictureSettings(
+            **{name: getattr(record, name) for name in ("prompt_index", "image_index")}, **update
+        )
+        path = folder / f"{record.prompt_index:03d}_{record.image_index:02d}.png"
+        write_png(path, drawn, fresh)
+        print(path)
+
+
+def run_jobs(given: dict[str, Any]) -> None:
+    """Draws every job of a file; what is there already is not drawn again."""
+    _need(given, "model")
+    for name in _NOT_WITH_JOBS:
+        if name in given:
+            raise UserError(f"{name}: does not go with --jobs, whose lines say it")
+    settings = _settings(SamplingSettings(), given)
+    jobs = read_jobs(given["jobs"], settings)
+    with existing_or_new_folder(given["output"]) as folder:
+        planned = plan_jobs(jobs, folder, given["model"], given.get("bootpig"))
+        left = [work.job for work in planned if not work.complete]
+        _say(f"{len(jobs)} jobs, of which {len(jobs) - len(left)} are drawn already")
+        if left:
+            texts = [(job.prompt, job.settings) for job in left]
+            model = _checked_model(given["model"], given, texts)
+            pipeline = _load(model, given.get("bootpig"), given)
+            draw_jobs(pipeline, planned, folder, settings.batch_size)
+        print(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """The pictures that were given, opened and hashed."""
+
+    references: list[Image.Image]
+    image: Image.Image | None
+    mask: Image.Image | None
+    files: dict[str, Any]
+
+    @classmethod
+    def of(cls, given: dict[str, Any], settings: SamplingSettings) -> "_Inputs":
+        """Opens the files.
+
+        Raises:
+            UserError: one can't be used, or they do not go together.
+        """
+        check_original("image" in given, "mask" in given, settings)
+        references = given.get("references", [])
+        if given.get("bootpig") and not references:
+            raise UserError("references: --bootpig needs at least one; give --references FILE ...")
+        if references:
+            check_reference_count(len(references))
+        opened = [open_reference(path) for path in references]
+        originals = {
+            name: open_original(given[name], name) for name in ("image", "mask") if name in given
+        }
+        files: dict[str, Any] = {name: InputFile.of(given[name]) for name in originals}
+        return cls(
+            references=opened,
+            image=originals.get("image"),
+            mask=originals.get("mask"),
+            files={"references": tuple(map(InputFile.of, references)), **files},
+        )
+
+    def request(
+        self, pipeline: BootPIGPipeline, prompt: str, settings: SamplingSettings, index: int
+    ) -> Request:
+        """What a picture is drawn from."""
+        original = None
+        if self.image is not None:
+            original = pipeline.encode_original(self.image, self.mask, settings)
+        latents = None
+        if self.references:
+            latents = pipeline.encode_references(self.references, settings)
+        return Request(prompt, settings, index, latents, original)
+
+
+def _need(given: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name not in given:
+            raise UserError(f"{name}: missing; give --{name}, or --from-png")
+
+
+def _settings(base: SamplingSettings, given: dict[str, Any]) -> SamplingSettings:
+    names = {field.name for field in dataclasses.fields(SamplingSettings)}
+    changed = {name: value for name, value in given.items() if name in names}
+    if "guidance_interval" in changed:
+        changed["guidance_interval"] = tuple(changed["guidance_interval"])
+    return dataclasses.replace(base, **changed)
+
+
+def _checked_model(
+    model: str, given: dict[str, Any], texts: Sequence[tuple[str, SamplingSettings]]
+) -> Path:
+    """The model's folder, once the prompts and the solvers are known to suit it."""
+    folder = find_model(model, allow_pickle="allow_pickle" in given)
+    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for prompt, settings in texts:
+        solver_of(schedule, settings)
+        if settings.strict:
+            both = [prompt, settings.negative_prompt]
+            tokenize_with_warnings(tokenizer, both, strict=True)
+    return folder
+
+
+def _load(model: Path, bootpig: str | None, given: dict[str, Any]) -> BootPIGPipeline:
+    _say(f"loading {model}")
+    return BootPIGPipeline.from_pretrained(model, bootpig, allow_pickle="allow_pickle" in given)
+
+
+def _save_references(
+    pipeline: BootPIGPipeline, inputs: _Inputs, settings: SamplingSettings, folder: Path
+) -> list[Image.Image]:
+    """Writes what the model sees of the references, and returns it."""
+    pixels = pipeline.prepare_references(inputs.references, settings)
+    seen = [Image.fromarray(picture) for picture in pixels]
+    (folder / "references").mkdir()
+    for number, picture in enumerate(seen):
+        write_png(folder / "references" / f"{number:02d}.png", picture)
+    return seen
 
 
 @contextlib.contextmanager
@@ -133,10 +453,27 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it exists and is not empty, is a file, or cannot be written to.
     """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"output: {path} exists and is not empty; name another folder")
+    except OSError as error:
+        raise UserError(f"output: cannot read {path} ({error.strerror or error})") from None
+    with existing_or_new_folder(path):
+        yield path
+
+
+@contextlib.contextmanager
+def existing_or_new_folder(path: Path) -> Iterator[Path]:
+    """Makes sure that `path` is a folder that can be written to, before the work starts.
+
+    If the work fails before it writes anything, folders made here are removed again.
+
+    Raises:
+        UserError: it is a file or cannot be written to.
+    """
+    made = []
+    try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         if path.exists() and not path.is_dir():
             raise UserError(f"output: {path} is a file; name a folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -153,14 +490,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    try:
-        image.save(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"output: cannot write {path} ({reason}); make room and retry") from error
 
 
 @contextlib.contextmanager

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from bootpig_jax import BootPIGPipeline
 from bootpig_jax.diffusion.solvers import make_solver
 from bootpig_jax.errors import UserError
+from bootpig_jax.sampling.batches import draw_noise, make_batches
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
-from bootpig_jax.sampling.denoise import denoise_with_references
-from bootpig_jax.sampling.pipeline import SamplingSettings, draw_noise, make_batches
+from bootpig_jax.sampling.denoise import denoise, denoise_with_references
 from bootpig_jax.sampling.references import prepare_references
+from bootpig_jax.sampling.requests import Cancelled, Progress, Request
+from bootpig_jax.sampling.settings import SamplingSettings
 from tests.sampling_models import save_bootpig
 
 PROMPTS = ["a dog in the snow", "dog"]
@@ -95,7 +98,6 @@ def test_pipeline_replays_through_the_functional_layer(
         text,
         noise,
         solver=make_solver("unipc", model.schedule, 3),
-        schedule=model.schedule,
     )
     np.testing.assert_array_equal(pipeline.decode(result), drawn)
 
@@ -176,7 +178,25 @@ def test_reference_caption(kind: Any, expected: str) -> None:
         ("guidance_scale", 1e9),
         ("guidance_scale", -1.0),
         ("strategy", "sofmax"),
-        ("solver", "euler"),
+        ("solver", "heun"),
+        ("spacing", "even"),
+        ("sigmas", "linear"),
+        ("strength", 0.0),
+        ("strength", 1.5),
+        ("strength", True),
+        ("guidance_scale", "7.5"),
+        ("guidance_interval", (0.5, 0.5)),
+        ("guidance_interval", (0.0, math.nan)),
+        ("guidance_interval", [0.0, 1.0]),
+        ("negative_prompt", None),
+        ("negative_prompt", "a\0dog"),
+        ("negative_prompt", "\ud800"),
+        ("reference_scale", 0),
+        ("reference_scale", math.inf),
+        ("reference_caption", "Target"),
+        ("reference_timestep", 3),
+        ("reference_timestep", False),
+        ("reuse_features", 0),
         ("segmenter", "sam"),
         ("num_images", 0),
         ("batch_size", 0),
@@ -207,6 +227,107 @@ def test_wrong_calls_are_named(pipeline: BootPIGPipeline) -> None:
         prompt = arguments.pop("prompt", "a dog")
         with pytest.raises(UserError, match=f"^{name}: "):
             pipeline(prompt, pictures, **(OPTIONS | arguments))
+
+
+def test_settings_reach_the_networks(
+    pipeline: BootPIGPipeline, references: list[Image.Image], drawn: np.ndarray
+) -> None:
+    """Each of them changes the pictures; all but the caption's defaults are the paper's."""
+
+    def draw(**options: Any) -> np.ndarray:
+        return np.stack(pipeline(PROMPTS, references, **OPTIONS, **options))
+
+    np.testing.assert_array_equal(draw(reference_scale=1, reference_caption="target"), drawn)
+    for change in (
+        {"negative_prompt": "snow"},
+        {"reference_scale": 1.1},
+        {"reference_caption": "a photo"},
+        {"solver": "unipc", "spacing": "trailing"},
+    ):
+        assert not np.array_equal(draw(**change), drawn), change
+
+
+def test_a_picture_can_be_drawn_alone(
+    pipeline: BootPIGPipeline, references: list[Image.Image], drawn: np.ndarray
+) -> None:
+    """In a batch of the same shape, at the same row: whatever else is in the batch."""
+    settings = SamplingSettings(**OPTIONS)
+    latents = pipeline.encode_references(references, settings)
+    for number, found in enumerate(pipeline.draw_each(PROMPTS, references, settings)):
+        np.testing.assert_array_equal(np.asarray(found.picture), drawn[number])
+    request = Request(PROMPTS[found.prompt], settings, found.prompt, latents)
+    place = found.place
+    alone = pipeline.draw_batch([request] * place.prompts, [found.image] * place.images)
+    np.testing.assert_array_equal(np.asarray(alone[place.row]), drawn[-1])
+
+
+def test_callbacks_see_every_step_and_can_stop(
+    pipeline: BootPIGPipeline, drawn: np.ndarray, references: list[Image.Image]
+) -> None:
+    seen: list[Progress] = []
+    images = pipeline(PROMPTS, references, **OPTIONS, callback=seen.append)
+    assert seen == [Progress(1, 1, step, 3) for step in (1, 2, 3)]
+    np.testing.assert_allclose(np.stack(images).astype(int), drawn.astype(int), atol=1)
+    seen.clear()
+
+    def stop(progress: Progress) -> bool:
+        seen.append(progress)
+        return progress.step < 2
+
+    with pytest.raises(Cancelled):
+        pipeline(PROMPTS, references, **OPTIONS, callback=stop)
+    assert len(seen) == 2
+
+    def fail(_: Progress) -> None:
+        raise ConnectionError("the client left")
+
+    with pytest.raises(ConnectionError):
+        pipeline(PROMPTS, references, **OPTIONS, callback=fail)
+
+
+def test_image_to_image_starts_from_the_image(pipeline: BootPIGPipeline) -> None:
+    image = Image.fromarray(np.full((16, 16, 3), (200, 40, 40), np.uint8))
+    options = OPTIONS | {"num_images": 1, "num_inference_steps": 10}
+    (drawn,) = pipeline("dog", image=image, strength=0.2, **options)
+    model = pipeline.model
+    initial, _ = draw_noise(
+        0, prompts=[0], images=[0], latent_shape=(8, 8, 4), references=0, steps=2
+    )
+    text, empty = (pipeline.encode_text(model.tokenizer([text])) for text in ("dog", ""))
+    latents = denoise(
+        model.unet,
+        initial,
+        text,
+        empty,
+        solver=make_solver("unipc", model.schedule, 10, strength=0.2),
+        start_from=pipeline.encode_images(np.asarray(image)[None] / np.float32(127.5) - 1),
+    )
+    np.testing.assert_array_equal(np.asarray(drawn), pipeline.decode(latents)[0])
+    for wrong in (
+        {"image": image},
+        {"strength": 0.5},
+        {"mask": image},
+        {"image": image, "mask": image.resize((8, 8))},
+        {"image": image, "strength": 0.05},
+    ):
+        with pytest.raises(UserError):
+            pipeline("dog", **options, **wrong)
+
+
+def test_save_pretrained(pipeline: BootPIGPipeline, model_folder: Path, tmp_path: Path) -> None:
+    release = Conditioning(0, 1.1, "first_clause")
+    BootPIGPipeline(pipeline.model, pipeline.reference_unet, release).save_pretrained(tmp_path)
+    loaded = BootPIGPipeline.from_pretrained(model_folder, bootpig=tmp_path)
+    assert loaded.conditioning == release
+    for one, other in (
+        (loaded.model.unet, pipeline.model.unet),
+        (loaded.reference_unet, pipeline.reference_unet),
+    ):
+        same = jax.tree.map(np.array_equal, nnx.state(one), nnx.state(other))
+        assert all(jax.tree.leaves(same))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="file"):
+        pipeline.save_pretrained(tmp_path / "file")
 
 
 def test_size_fits_the_model(pipeline: BootPIGPipeline) -> None:

@@ -33,7 +33,8 @@ from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import ReferenceTimestep
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
-from bootpig_jax.sampling.pipeline import BootPIGPipeline, SamplingSettings, check_reference_count
+from bootpig_jax.sampling.pipeline import BootPIGPipeline
+from bootpig_jax.sampling.settings import SamplingSettings, check_reference_count
 from bootpig_jax.toyland.measures import NUM_CANDIDATES, Case, Scores, make_cases, score
 from bootpig_jax.toyland.render import SIZE
 from bootpig_jax.toyland.world import CATEGORIES, SCENES
@@ -131,11 +132,12 @@ def draw_cases(
     references = [
         [Image.fromarray(reference.image) for reference in case.references] for case in cases
     ]
+    if reference_timestep is not None:
+        settings = dataclasses.replace(settings, reference_timestep=reference_timestep)
     images = pipeline.draw(
         [case.caption for case in cases],
         references if method == "bootpig" else None,
         settings,
-        reference_timestep=reference_timestep,
         progress=True,
     )
     return np.stack([np.asarray(image) for image in images])

@@ -30,7 +30,8 @@ from bootpig_jax.config import TrainConfig
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
-from bootpig_jax.sampling.pipeline import BootPIGPipeline, SamplingSettings
+from bootpig_jax.sampling.pipeline import BootPIGPipeline
+from bootpig_jax.sampling.settings import SamplingSettings
 from bootpig_jax.toyland.evaluate import (
     SHIPPED_BOOTPIG,
     SHIPPED_MODEL,
