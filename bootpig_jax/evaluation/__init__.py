@@ -1,0 +1,1 @@
+"""Scores pictures of subjects by the field's protocol, whichever method drew them."""
