@@ -20,24 +20,30 @@ WEIGHTS := bootpig_jax/toyland/weights
 
 # For programs that XLA runs on a CPU: large pages for its large temporary arrays, and the faster
 # of its two ways to run convolutions (1.4 times the training speed on 2 cores).
-quickstart toyland reproduce: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-quickstart toyland reproduce: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
+quickstart toyland reproduce app: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart toyland reproduce app: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 
-.PHONY: install quickstart toyland reproduce test test-tfds test-long torture bench-train lint typecheck format clean
+.PHONY: install quickstart app toyland reproduce test test-tfds test-long torture bench-train bench-sample lint typecheck format clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt constraints-app.txt
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed: install it, or name it with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv: on Debian, apt-get install python3-venv" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	# torch goes first and alone, so that nothing else's requirements choose its build.
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[data-gen,eval,dev]'
+	$(BIN)/python -m pip install --no-deps -r constraints-app.txt
 	touch $(INSTALLED)
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m bootpig_jax.toyland.quickstart
+
+# The page to draw with, on the models that ship with the project.
+app: $(INSTALLED)
+	$(BIN)/python -m bootpig_jax.app --model $(WEIGHTS)/sd --bootpig $(WEIGHTS)/bootpig \
+		--steps 20 --guidance 3 --image-guidance 3 --examples toyland
 
 # Trains the models that ship with the project from nothing, or goes on doing so.
 toyland: $(INSTALLED)
@@ -68,15 +74,20 @@ $(INSTALLED_TF): constraints-tf.txt
 	touch $(INSTALLED_TF)
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -m long -rP
+	$(BIN)/python -m pytest -m "long and not torture" -rP
 
-# The promises about killed runs, ten times as often: about an hour.
+# All promises about runs that are killed, damaged or fed badly, as a table; the kills ten times as
+# often as in test-long. More than an hour.
 torture: $(INSTALLED)
-	$(BIN)/python -m pytest -m torture -s
+	$(BIN)/python -m pytest -m "torture or promise"
 
 # One training step against the same in PyTorch; not beside other work.
 bench-train: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train --output benchmarks/results/train_cpu.json
+
+# One guided step of sampling at full size against the same in PyTorch; about 75 minutes, and 12 GB.
+bench-sample: $(INSTALLED)
+	$(BIN)/python -m benchmarks.sample time --output benchmarks/results/sample_cpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
