@@ -32,7 +32,8 @@ from bootpig_jax.evaluation.generate import (
     generate,
     load_drawer,
 )
-from bootpig_jax.evaluation.report import describe_scores, write_report
+from bootpig_jax.evaluation.render import write_report
+from bootpig_jax.evaluation.report import describe_scores
 from bootpig_jax.evaluation.score import (
     About,
     MethodScores,

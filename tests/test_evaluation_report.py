@@ -10,18 +10,19 @@ from bootpig_jax import evaluate
 from bootpig_jax.errors import UserError
 from bootpig_jax.evaluation.datasets import Dataset, open_dataset
 from bootpig_jax.evaluation.embedders import EmbeddingCache
-from bootpig_jax.evaluation.report import (
+from bootpig_jax.evaluation.render import (
     Cell,
     Curve,
     Line,
     Report,
     Table,
     TableRow,
-    describe_scores,
     render_html,
+    render_markdown,
     render_tex,
     write_report,
 )
+from bootpig_jax.evaluation.report import describe_scores
 from bootpig_jax.evaluation.score import (
     MethodScores,
     Settings,
@@ -128,7 +129,10 @@ def test_ablation_and_curve(dataset: Dataset, tmp_path: Path) -> None:
     (curve,) = report.curves
     assert [line.name for line in curve.lines] == ["CLIP-T", "CLIP-I", "DINO"]
     assert [point[0] for point in curve.lines[0].points] == [1.0, 3.0]
-    assert "<polyline" in render_html(report)
+    page = render_html(report)
+    assert page == render_html(report), "nothing of the day or of chance in a plot"
+    plot = page[page.index("<svg") : page.index("</svg>")]
+    assert all(line.name in plot for line in curve.lines)
 
 
 def test_a_report_of_ones_own() -> None:
@@ -152,6 +156,7 @@ def test_a_report_of_ones_own() -> None:
     page = render_html(report)
     assert "<b>1.25</b> <small>1.00 to 2.00</small>" in page and "–" in page
     assert "nan" not in page and "make it" in page
+    assert "| x | 1.25 | some |\n| y | – |  |" in render_markdown(table)
     tex = render_tex(report)
     assert r"x & \textbf{1.25} & some \\" in tex and r"a\_b" in tex and r"50\% \& more" in tex
 

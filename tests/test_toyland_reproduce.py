@@ -97,14 +97,19 @@ def test_tables_hold_means_and_spreads_over_seeds(
     write(config, "poolings", 0, result(0.5, 1.0), *(result(0.6, 0.9, 2, s) for s in ("softmax",)))
     reproduce.write_results(config)
     text = (tmp_path / "results.md").read_text()
-    assert "| rsa | all | yes | 60.0 ± 14.1 | 100.0 ± 0.0 | 2 | 67.4 | 79.7 | 31.1 |" in text
-    assert "| all | all | yes | – | – | 0 | out of memory | – | – |" in text
+    assert (
+        "| rsa / all, with augmentation | 60.0 ± 14.1 | 100.0 ± 0.0 | 2 | 67.4 | 79.7 | 31.1 |"
+        in text
+    )
+    assert "| all / all, with augmentation | – | – | 0 | out of memory | – | – |" in text
     assert "| softmax | 50.0 | 60.0 |" in text
     assert "| argmax | 50.0 | – |" in text
     found = json.loads((tmp_path / "results.json").read_text())
     subjects = [r["subject_at_16"] for r in found["table_1_and_2"]["rsa_all"]]
     np.testing.assert_allclose(subjects, [0.5, 0.7])
     assert (tmp_path / "poolings.png").stat().st_size > 1000
+    page = (tmp_path / "report.html").read_text()
+    assert "60.0 ± 14.1" in page and page.count("<svg") == 2
 
 
 def test_commands_with_a_result_are_not_run_again_and_a_failure_stops(

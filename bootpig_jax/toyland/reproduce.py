@@ -5,31 +5,48 @@
     Fig. 6, 7   that model with the four poolings and 1 to 5 references
 
 This module is a list of commands that a user could type, and what is made of their results: tables
-in Markdown and plots. A command whose result is there is not run again, and a training that was
+and plots on one page. A command whose result is there is not run again, and a training that was
 stopped goes on; so the whole can be stopped at any time and started again.
 """
 
 import argparse
+import base64
 import dataclasses
+import io
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from PIL import Image
 from pydantic import Field
 
 from bootpig_jax.attention import STRATEGIES
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.evaluation.render import (
+    Curve,
+    Gallery,
+    Line,
+    Picture,
+    Table,
+    TableRow,
+    plot_curves,
+    render_markdown,
+    write_report,
+)
+from bootpig_jax.evaluation.render import Report as PageReport
 from bootpig_jax.toyland.evaluate import SHIPPED_MODEL, Report, Result
 from bootpig_jax.yaml_config import ConfigModel, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Copies of each reference in the cache: without augmentation all would be alike.
 COPIES = {"paper": 4, "none": 1}
+# Where the paper has DINO and CLIP-I, and CLIP-T; with their names in `Result`.
+MEASURES = {"subject@16": "subject_at_16", "scene@10": "scene_at_10"}
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -71,6 +88,12 @@ class Row:
     reference: str
     augmentation: str
     paper: tuple[float, float, float] | None
+
+    @property
+    def title(self) -> str:
+        """As in the paper's table."""
+        with_or_without = "with" if self.augmentation == "paper" else "without"
+        return f"{self.base} / {self.reference}, {with_or_without} augmentation"
 
 
 ROWS = (
@@ -219,83 +242,90 @@ def read_results(config: ReproduceConfig, name: str) -> list[list[Result]]:
     ]
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
+def percent(results: Sequence[Result], field: str) -> list[float]:
+    """A measure by seed, in percent."""
+    return [100 * getattr(r, field) for r in results]
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def mean_and_spread(results: Sequence[Result], field: str) -> str:
     """`mean ± standard deviation` over seeds, in percent."""
-    percent = 100 * np.array(list(values))
-    if not len(percent):
+    values = percent(results, field)
+    if not values:
         return "–"
-    spread = f" ± {percent.std(ddof=1):.1f}" if len(percent) > 1 else ""
-    return f"{percent.mean():.1f}{spread}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    around = f" ± {spread(values):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{around}"
 
 
 def write_results(config: ReproduceConfig) -> None:
-    """Writes `results.md`, `results.json` and the plots of what is there."""
+    """Writes what is there: `report.html`, `results.md`, `results.json` and `poolings.png`."""
     out = config.output_dir
     first = {
         name: [rows[0] for rows in read_results(config, name)]
         for name in ("text", "before", *(row.name for row in ROWS))
     }
-
-    def scores(name: str) -> list[str]:
-        found = first[name]
-        return [
-            mean_and_spread(r.subject_at_16 for r in found),
-            mean_and_spread(r.scene_at_10 for r in found),
-            str(len(found)),
-        ]
-
-    names = {"text": "text alone", "before": "BootPIG before training", "rsa_all": "BootPIG"}
-    table_1 = markdown(
-        ["", "subject@16", "scene@10", "seeds"],
-        [[title, *scores(name)] for name, title in names.items()],
-    )
-    table_2 = markdown(
-        ["Base", "Reference", "augmentation", "subject@16", "scene@10", "seeds", "paper: DINO",
-         "CLIP-I", "CLIP-T"],
-        [
-            [row.base, row.reference, "yes" if row.augmentation == "paper" else "no",
-             *scores(row.name), *paper_scores(row)]
-            for row in ROWS
-        ],
-    )  # fmt: skip
     pooled = pooled_scores(config)
-    counts = [k for k in config.references if any((k, s) in pooled for s in STRATEGIES)]
-    figures = [
-        markdown(
-            [measure, *map(str, counts)],
-            [
-                [s, *(mean_and_spread(getattr(r, field) for r in pooled.get((k, s), []))
-                      for k in counts)]
-                for s in STRATEGIES
-            ],
-        )
-        for measure, field in (("subject@16", "subject_at_16"), ("scene@10", "scene_at_10"))
-    ]  # fmt: skip
-    parts = ["Table 1", table_1, "Table 2", table_2, "Fig. 6 and 7", *figures]
-    (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    tables = (*score_tables(first), *(pooling_tables(pooled) if pooled else ()))
+    curves = tuple(pooling_curve(pooled, title) for title in MEASURES) if pooled else ()
+    report = PageReport(
+        title="BootPIG in Toyland",
+        summary=f"Mean and standard deviation over {len(config.seeds)} seeds, in percent.",
+        tables=tables,
+        curves=curves,
+        galleries=(sheets(config, first),),
+        commands=tuple((str(job.result), job.command) for job in list_jobs(config)),
+    )
+    write_report(report, out)
+    markdown = "\n\n".join(part for t in tables for part in (t.title, render_markdown(t)))
+    (out / "results.md").write_text(f"{markdown}\n", encoding="utf-8")
     results = {
         "table_1_and_2": {k: [r.model_dump() for r in v] for k, v in first.items()},
         "figures_6_and_7": [r.model_dump() for found in pooled.values() for r in found],
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if pooled:
-        plot_poolings(pooled, out / "poolings.png")
-    print("\n\n".join(parts))
-    say(f"{out / 'results.md'}")
+    if curves:
+        plot_curves(curves).savefig(out / "poolings.png", dpi=110)
+    print(markdown)
+    say(f"{out / 'report.html'}")
 
 
-def paper_scores(row: Row) -> list[str]:
+def score_tables(first: Mapping[str, Sequence[Result]]) -> tuple[Table, Table]:
+    """Tables 1 and 2 of what was scored under each name."""
+
+    def scores(name: str) -> tuple[str, ...]:
+        found = first[name]
+        return (*(mean_and_spread(found, field) for field in MEASURES.values()), str(len(found)))
+
+    names = {"text": "text alone", "before": "BootPIG before training", "rsa_all": "BootPIG"}
+    return (
+        Table(
+            title="Table 1",
+            columns=(*MEASURES, "seeds"),
+            rows=tuple(TableRow(name=title, cells=scores(name)) for name, title in names.items()),
+        ),
+        Table(
+            title="Table 2",
+            columns=(*MEASURES, "seeds", "paper: DINO", "CLIP-I", "CLIP-T"),
+            rows=tuple(
+                TableRow(name=row.title, cells=(*scores(row.name), *paper_scores(row)))
+                for row in ROWS
+            ),
+            note="What is trained of the Base / Reference UNet, and whether references are "
+            "augmented.",
+        ),
+    )
+
+
+def paper_scores(row: Row) -> tuple[str, str, str]:
     """DINO, CLIP-I and CLIP-T of a row of Table 2."""
     if row.paper is None:
-        return ["out of memory", "–", "–"]
+        return "out of memory", "–", "–"
     clip_t, clip_i, dino = row.paper
-    return [f"{dino}", f"{clip_i}", f"{clip_t}"]
+    return f"{dino}", f"{clip_i}", f"{clip_t}"
 
 
 def pooled_scores(config: ReproduceConfig) -> dict[tuple[int, str], list[Result]]:
@@ -308,29 +338,51 @@ def pooled_scores(config: ReproduceConfig) -> dict[tuple[int, str], list[Result]
     return pooled
 
 
-def plot_poolings(pooled: dict[tuple[int, str], list[Result]], path: Path) -> None:
-    """Fig. 6 and 7: both measures by number of references, a line for each pooling."""
-    import matplotlib
+def pooling_tables(pooled: Mapping[tuple[int, str], Sequence[Result]]) -> list[Table]:
+    """Fig. 6 and 7 as tables: a row for each pooling, a column for each number of references."""
+    counts = sorted({count for count, _ in pooled})
+    return [
+        Table(
+            title=f"Fig. 6 and 7: {title} by number of references",
+            columns=tuple(map(str, counts)),
+            rows=tuple(
+                TableRow(
+                    name=strategy,
+                    cells=tuple(
+                        mean_and_spread(pooled.get((k, strategy), []), field) for k in counts
+                    ),
+                )
+                for strategy in STRATEGIES
+            ),
+        )
+        for title, field in MEASURES.items()
+    ]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    measures = {"subject@16": "subject_at_16", "scene@10": "scene_at_10"}
-    for panel, (title, field) in zip(panels, measures.items(), strict=True):
-        for place, strategy in enumerate(STRATEGIES):
-            counts = sorted(k for k, s in pooled if s == strategy)
-            values = [[100 * getattr(r, field) for r in pooled[k, strategy]] for k in counts]
-            spread = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-            # Set apart a little, so that the bars do not hide each other.
-            x = np.array(counts) + 0.06 * (place - 1.5)
-            means = [np.mean(v) for v in values]
-            panel.errorbar(x, means, spread, marker="o", ms=4, capsize=2, label=strategy)
-        panel.set(title=title, xlabel="references", ylabel="%", xticks=counts)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def pooling_curve(pooled: Mapping[tuple[int, str], Sequence[Result]], title: str) -> Curve:
+    """Fig. 6 and 7 as a plot of one measure, a line for each pooling."""
+    lines = []
+    for strategy in STRATEGIES:
+        points = []
+        for count in sorted(k for k, s in pooled if s == strategy):
+            values = percent(pooled[count, strategy], MEASURES[title])
+            mean, around = float(np.mean(values)), spread(values)
+            points.append((float(count), mean, (mean - around, mean + around)))
+        lines.append(Line(name=strategy, points=tuple(points)))
+    return Curve(title=title, x_label="references", y_label="%", lines=tuple(lines))
+
+
+def sheets(config: ReproduceConfig, names: Iterable[str]) -> Gallery:
+    """What was drawn with the first seed."""
+    paths = {name: report_path(config, name, config.seeds[0]).with_suffix(".png") for name in names}
+    rows = []
+    for name, path in paths.items():
+        if path.exists():
+            buffer = io.BytesIO()
+            Image.open(path).convert("RGB").save(buffer, "JPEG", quality=85)
+            picture = Picture(jpeg=base64.b64encode(buffer.getvalue()).decode(), caption=str(path))
+            rows.append((name, (picture,)))
+    return Gallery(title="Pictures", rows=tuple(rows))
 
 
 def say(message: str) -> None:
