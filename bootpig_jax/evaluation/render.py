@@ -265,7 +265,7 @@ th { color: #777; font-weight: normal; }
 tr.published td { color: #888; }
 .sheet { display: flex; flex-wrap: wrap; gap: 14px; }
 figure { margin: 0; width: min-content; max-width: 100%; }
-img { vertical-align: bottom; background: #eee; }
+img { max-width: min(75rem, 94vw); vertical-align: bottom; background: #eee; }
 figcaption { font-size: 12px; overflow-wrap: anywhere; }
 small { color: #999; }
 figcaption small { display: block; }

@@ -270,7 +270,7 @@ def _examples(examples: Sequence[Example]) -> gr.Gallery:
         show_label=False,
         elem_id="examples",
         columns=len(examples),
-        height=90,
+        height=112,
         object_fit="contain",
         allow_preview=False,
         interactive=False,
