@@ -40,9 +40,10 @@ TOKENS = 77
 IMAGE_GUIDANCE, GUIDANCE = 5.0, 7.5
 COUNTED = [(samples, references) for references in (1, 4, 6) for samples in (1, 4)]
 TIMED = [(samples, references) for references in (1, 4) for samples in (1, 4)]
-# For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the pages, too.
+# For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the memory, too.
 ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736"
+    ":glibc.malloc.trim_threshold=68719476736",
     "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
     "JAX_PLATFORMS": "cpu",
 }
@@ -182,10 +183,11 @@ def _operations(
     import jax
     from flax import nnx
 
+    from bootpig_jax.models.shapes import OneKey
     from bootpig_jax.models.unet import UNet, UNetConfig
 
     config = UNetConfig.from_dict(unet_sizes(scale))
-    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=OneKey(0))))
     arrays = shapes(scale, samples, references, latents)
     program = jax.jit(
         lambda base, reference, noise, arrays: step(
@@ -213,6 +215,7 @@ def ours(scale: float, samples: int, references: int, latents: int, steps: int) 
     import numpy as np
     from flax import nnx
 
+    from bootpig_jax.models.shapes import OneKey
     from bootpig_jax.models.unet import UNet, UNetConfig
     from bootpig_jax.sampling.denoise import denoise_with_references
 
@@ -222,7 +225,7 @@ def ours(scale: float, samples: int, references: int, latents: int, steps: int) 
         return jax.numpy.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
 
     config = UNetConfig.from_dict(unet_sizes(scale))
-    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=OneKey(0))))
     base, reference = (nnx.merge(graph, jax.tree.map(filled, weights)) for _ in range(2))
     arrays = jax.tree.map(filled, shapes(scale, samples, references, latents))
     noise = jax.ShapeDtypeStruct((steps, *arrays["reference_latents"].shape), np.float32)

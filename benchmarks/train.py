@@ -42,9 +42,10 @@ UNET = {
 SIZES = Path(__file__).parents[1] / "configs" / "models" / "stable-diffusion-2-1-base"
 LATENTS, TOKENS, WIDTH = 32, 77, 1024
 LEARNING_RATES = {"reference": 5e-6, "base": 1e-6}
-# For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the pages, too.
+# For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the memory, too.
 ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736"
+    ":glibc.malloc.trim_threshold=68719476736",
     "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
     "JAX_PLATFORMS": "cpu",
 }

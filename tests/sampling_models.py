@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from bootpig_jax.checkpoints.diffusers import save_network, save_unet
+from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAE, VAEConfig
@@ -61,7 +62,7 @@ def random_network(kind: type[Network], config: Any, seed: int) -> Network:
             return jnp.asarray(noise / math.sqrt(math.prod(leaf.shape[:-1])))
         return jnp.asarray(0.1 * noise + ("scale" in name))
 
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=OneKey(0))))
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, shapes))
 
 

@@ -26,6 +26,7 @@ from bootpig_jax.checkpoints.diffusers import (
     save_unet,
 )
 from bootpig_jax.errors import UserError
+from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from tests.tiny_models import KINDS, Kind, save_tiny_model
@@ -264,7 +265,7 @@ def test_a_missing_model_is_one_line() -> None:
 @pytest.fixture(scope="module")
 def sd21_base_shapes() -> UNet:
     config = UNetConfig.from_dict(SD21_BASE_UNET)
-    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: UNet(config, rngs=OneKey(0)))
 
 
 def test_the_whole_of_sd21_base_maps(sd21_base_shapes: UNet) -> None:
@@ -303,7 +304,7 @@ def test_the_text_encoder_of_sd21_maps() -> None:
     with torch.device("meta"):
         theirs = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=49408))
     config = TextEncoderConfig.from_dict(sizes)
-    ours = nnx.eval_shape(lambda: TextEncoder(config, rngs=nnx.Rngs(0)))
+    ours = nnx.eval_shape(lambda: TextEncoder(config, rngs=OneKey(0)))
     names = {diffusers_name(path) for path, _ in nnx.to_flat_state(nnx.state(ours, nnx.Param))}
     expected = {
         name if name.startswith("text_model.") else f"text_model.{name}"

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.errors import UserError
+from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAE, VAEConfig
@@ -173,7 +174,7 @@ def load_network(
     """
     sizes = config.from_dict(read_json(folder / "config.json"))
     abstract = nnx.eval_shape(
-        lambda: network(sizes, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype)
+        lambda: network(sizes, rngs=OneKey(0), dtype=dtype, param_dtype=param_dtype)
     )
     graph, state = nnx.split(abstract)
     shapes = dict(nnx.to_flat_state(state))

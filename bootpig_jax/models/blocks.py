@@ -4,6 +4,8 @@ Attribute names follow diffusers', so that a parameter's path here is its name t
 (`checkpoints/diffusers.py` lists the few exceptions).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -82,8 +84,61 @@ def conv3x3(
 ) -> nnx.Conv:
     """A 3x3 convolution with PyTorch's explicit padding (``SAME`` pads strided ones otherwise)."""
     return nnx.Conv(
-        channels, out_channels, (3, 3), strides=(strides, strides), padding=padding, **kwargs
+        channels,
+        out_channels,
+        (3, 3),
+        strides=(strides, strides),
+        padding=padding,
+        conv_general_dilated=_convolve,
+        **kwargs,
     )
+
+
+def _convolve(
+    x: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **kwargs: Any,
+) -> Array:
+    """`jax.lax.conv_general_dilated`, with a cheaper gradient where XLA's CPU code is slow.
+
+    It transposes the kernel for the gradient by `x`, which takes longer than the rest of the
+    convolution where there are many channels and few positions.
+    """
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
+    if (
+        jax.default_backend() != "cpu"
+        or tuple(strides) != (1, 1)
+        or tuple(padding) != ((1, 1), (1, 1))
+        or 4 * math.prod(x.shape[:-1]) > kernel.shape[-1]
+    ):
+        return plain(x, kernel)
+
+    convolve = jax.custom_vjp(plain)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return plain(x, kernel), (x, kernel)
+
+    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, kernel = saved
+        _, by_kernel = jax.vjp(lambda kernel: plain(x, kernel), kernel)
+        # What each output gives back to the nine inputs that it was made of, and where they lie.
+        taps = jnp.einsum("ijco,bhwo->ijcbhw", kernel, dy)
+        taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
+        _, h, w, _ = x.shape
+        dx = sum(
+            taps[i, j, :, :, 2 - i : 2 - i + h, 2 - j : 2 - j + w]
+            for i in range(3)
+            for j in range(3)
+        )
+        return jnp.transpose(dx, (1, 2, 3, 0)), *by_kernel(dy)
+
+    convolve.defvjp(forward, backward)
+    return convolve(x, kernel)
 
 
 class Linear(nnx.Linear):

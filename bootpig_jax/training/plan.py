@@ -30,6 +30,7 @@ from bootpig_jax.bootpig import BootPIG, is_trainable
 from bootpig_jax.checkpoints.diffusers import find_model, read_json
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAE, VAEConfig
@@ -157,14 +158,14 @@ def abstract_parts(config: TrainConfig, dtype: jnp.dtype) -> tuple[Graphs, Param
 
     def parts() -> tuple[Parameters, Frozen]:
         def unet() -> UNet:
-            return UNet(unet_sizes, rngs=nnx.Rngs(0), dtype=dtype)
+            return UNet(unet_sizes, rngs=OneKey(0), dtype=dtype)
 
         def selected(path: tuple[str | int, ...]) -> bool:
             trained = config.trainable
             return is_trainable(path, unet_sizes, trained.base, trained.reference)
 
-        vae_network = VAE(vae_sizes, rngs=nnx.Rngs(0), dtype=dtype)
-        text_network = TextEncoder(text_sizes, rngs=nnx.Rngs(0), dtype=dtype)
+        vae_network = VAE(vae_sizes, rngs=OneKey(0), dtype=dtype)
+        text_network = TextEncoder(text_sizes, rngs=OneKey(0), dtype=dtype)
         graphs["bootpig"], trainable, rest = split_parameters(
             BootPIG(unet(), unet(), remat=config.remat), selected
         )

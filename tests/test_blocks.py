@@ -1,0 +1,43 @@
+"""The layers that are computed in a way of their own, against the plain way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bootpig_jax.models.blocks import Linear, conv3x3
+
+
+@pytest.mark.parametrize("side", [2, 8], ids=["few positions", "many positions"])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_convolutions_have_the_plain_gradient(side: int, strides: int) -> None:
+    graph, state = nnx.split(conv3x3(24, 32, strides=strides, use_bias=False, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, side, side, 24))
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (strides, strides),
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x)
+
+    (kernel,) = jax.tree.leaves(state)
+    wanted, wanted_gradients = jax.vjp(plain, x, kernel)
+    found, found_gradients = jax.vjp(ours, x, kernel)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    cotangent = jax.random.normal(jax.random.key(2), wanted.shape)
+    for mine, other in zip(found_gradients(cotangent), wanted_gradients(cotangent), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+def test_linear_layers_take_any_number_of_axes() -> None:
+    layer = Linear(5, 7, rngs=nnx.Rngs(0))
+    for shape in [(5,), (3, 5), (2, 3, 5), (2, 0, 3, 5)]:
+        x = jnp.arange(float(np.prod(shape))).reshape(shape)
+        np.testing.assert_allclose(layer(x), x @ layer.kernel[...] + layer.bias[...], atol=1e-4)
