@@ -516,22 +516,25 @@ def make_train_step(
             caption_dropout=config.caption_dropout,
         )
         (value, by_timestep), gradients = gradients_of(state.trainable, frozen, batch, draws)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
         norms = gradient_norms(gradients)
         # A norm is finite only if every gradient is, and AdamW takes a finite state and finite
         # gradients to a finite state.
         finite = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"])
-        ema = {
-            name: config.ema_decay * average + (1 - config.ema_decay) * trainable[name]
-            for name, average in state.ema.items()
-            if config.ema_decay is not None
-        }
-        trainable, moments, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trainable, moments, ema),
-            (state.trainable, state.optimizer, state.ema),
-        )
+
+        def update() -> tuple[Parameters, optax.OptState, Parameters]:
+            updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            ema = {
+                name: config.ema_decay * average + (1 - config.ema_decay) * trainable[name]
+                for name, average in state.ema.items()
+                if config.ema_decay is not None
+            }
+            return trainable, moments, ema
+
+        def keep() -> tuple[Parameters, optax.OptState, Parameters]:
+            return state.trainable, state.optimizer, state.ema
+
+        trainable, moments, ema = jax.lax.cond(finite, update, keep)
         metrics = {
             "loss": value,
             **by_timestep,
