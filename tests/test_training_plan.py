@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from torch.utils.flop_counter import FlopCounterMode
 
 import bootpig_jax.train
 from bootpig_jax.checkpoints.diffusers import load_unet
+from bootpig_jax.models.blocks import conv3x3
 from bootpig_jax.training.flops import count_flops, peak_flops
 from tests.tiny_models import save_tiny_model, torch_unet
 
@@ -33,6 +35,19 @@ def test_flops_of_a_unet_are_pytorchs_count(tmp_path):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 5, 24))
     assert count_flops(jaxpr) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("side", [2, 8], ids=["few positions", "many positions"])
+def test_flops_of_a_convolution_and_its_gradients(side):
+    graph, state = nnx.split(conv3x3(24, 32, rngs=nnx.Rngs(0)))
+
+    def total(state: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(x).sum()
+
+    gradients = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(
+        state, jnp.zeros((2, side, side, 24))
+    )
+    assert count_flops(gradients) == 3 * 2 * (2 * side * side) * 9 * 24 * 32
 
 
 def test_flops_multiply_loops_and_devices_out():

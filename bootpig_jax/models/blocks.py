@@ -125,7 +125,7 @@ def _convolve(
 
     def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, kernel = saved
-        _, by_kernel = jax.vjp(lambda kernel: plain(x, kernel), kernel)
+        by_kernel = jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)
         # What each output gives back to the nine inputs that it was made of, and where they lie.
         taps = jnp.einsum("ijco,bhwo->ijcbhw", kernel, dy)
         taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
