@@ -367,7 +367,7 @@ def pooling_curve(pooled: Mapping[tuple[int, str], Sequence[Result]], title: str
         for count in sorted(k for k, s in pooled if s == strategy):
             values = percent(pooled[count, strategy], MEASURES[title])
             mean, around = float(np.mean(values)), spread(values)
-            points.append((float(count), mean, (mean - around, mean + around)))
+            points.append((float(count), mean, (mean - around, min(100.0, mean + around))))
         lines.append(Line(name=strategy, points=tuple(points)))
     return Curve(title=title, x_label="references", y_label="%", lines=tuple(lines))
 
