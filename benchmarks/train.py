@@ -8,8 +8,9 @@ Diffusion 2.1's shape and 0.4 of its width, at 32x32 latents. PyTorch's step is 
 diffusers' UNets, hooks that collect the reference features, an attention processor that joins them
 to keys and values, autograd. It drops no references, which spares it a mask.
 
-Each side is a process of its own, which compiles and warms up first. Then they take turns: a round
-is one step of each. Memory is the largest the process ever was, compiling included.
+Each side is a process of its own, which compiles and warms up first. Then they take turns of three
+steps, of which the first is not timed: a process that has been idle runs slower for a moment, and a
+training is not idle. Memory is the largest the process ever was, compiling included.
 """
 
 import argparse
@@ -41,6 +42,7 @@ UNET = {
 }
 SIZES = Path(__file__).parents[1] / "configs" / "models" / "stable-diffusion-2-1-base"
 LATENTS, TOKENS, WIDTH = 32, 77, 1024
+TIMED_STEPS = 2  # of a turn
 LEARNING_RATES = {"reference": 5e-6, "base": 1e-6}
 # For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the memory, too.
 ENVIRONMENT = {
@@ -187,16 +189,19 @@ SIDES = {"bootpig_jax": ours, "PyTorch": theirs}
 
 
 def work(side: str, batch_size: int) -> None:
-    """One side's process: warms up, then makes a step for each line it is sent."""
+    """One side's process: warms up, then makes a turn's steps for each line it is sent."""
     started = time.perf_counter()
     step = SIDES[side](batch_size)
     for _ in range(2):
         step()
     print(json.dumps({"ready": time.perf_counter() - started}), flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        seconds = time.perf_counter() - started
+        step()
+        seconds = []
+        for _ in range(TIMED_STEPS):
+            started = time.perf_counter()
+            loss = step()
+            seconds.append(time.perf_counter() - started)
         status = Path("/proc/self/status").read_text()
         peak = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
         print(json.dumps({"seconds": seconds, "peak": peak, "loss": loss}), flush=True)
@@ -228,9 +233,10 @@ def compare(batch_size: int, rounds: int) -> dict[str, Any]:
             assert process.stdin is not None
             print(file=process.stdin, flush=True)
             answer = _answer(process)
-            results[side]["seconds"].append(answer["seconds"])
+            results[side]["seconds"] += answer["seconds"]
             results[side]["peak_gib"] = answer["peak"] / 2**30
-            print(f"round {number + 1}: {side} {answer['seconds']:.2f} s", file=sys.stderr)
+            times = " ".join(f"{seconds:.2f} s" for seconds in answer["seconds"])
+            print(f"round {number + 1}: {side} {times}", file=sys.stderr)
     for process in processes.values():
         process.communicate("")
     for result in results.values():
@@ -248,7 +254,7 @@ def compare(batch_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
+def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
