@@ -75,7 +75,7 @@ $(INSTALLED_TF): constraints-tf.txt
 	touch $(INSTALLED_TF)
 
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest -m "long and not torture" -rP
+	$(BIN)/python -m pytest -m "long and not torture" -n $(WORKERS) --dist loadfile -rP
 
 # All promises about runs that are killed, damaged or fed badly, as a table; the kills ten times as
 # often as in test-long. More than an hour.
