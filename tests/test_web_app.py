@@ -1,8 +1,10 @@
 """The page to draw with: what it asks the models for, and the page itself in a browser."""
 
 import asyncio
+import contextlib
 import io
 import json
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.settings import SamplingSettings
@@ -73,13 +75,20 @@ def test_work_is_streamed_and_stops_when_nobody_waits() -> None:
         raise UserError("no")
 
     async def check() -> None:
-        events = stream(count)
+        events = stream(count, asyncio.Event())
         assert [await anext(events), await anext(events)] == [0, 1]
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
+        assert await asyncio.to_thread(ended.wait, PATIENCE)
+        ended.clear()
+        stop = asyncio.Event()
+        with pytest.raises(Cancelled):
+            async for event in stream(count, stop):
+                if event == 3:
+                    stop.set()
         assert await asyncio.to_thread(ended.wait, PATIENCE)
         seen = []
         with pytest.raises(UserError, match="no"):
-            async for event in stream(fail):
+            async for event in stream(fail, asyncio.Event()):
                 seen.append(event)
         assert seen == [1]
 
@@ -112,11 +121,25 @@ def give(page: Page, reference: Path, prompt: str) -> None:
     page.locator("#prompt textarea").fill(prompt)
 
 
-def draw(page: Page) -> None:
+def start(page: Page, server: Server, prompt: str) -> None:
+    """Writes the prompt and clicks until its job begins: the page has one job at a time."""
+    page.locator("#prompt textarea").fill(prompt)
+    for _ in range(PATIENCE // 5):
+        page.locator("#draw").click()
+        with contextlib.suppress(queue.Empty):
+            server.wait_for(f"started {prompt}", patience=5)
+            return
+    pytest.fail(f"{prompt!r} never begins")
+
+
+def draw(page: Page, pictures: int) -> None:
+    """Draws, and waits for as many pictures."""
     page.locator("#draw").click()
     ended = page.get_by_text("drawn in").or_(page.locator(".toast-body")).first
     ended.wait_for()
-    assert "drawn in" in ended.inner_text()
+    assert f"{pictures} drawn in" in ended.inner_text()
+    tiles = page.locator("#result .thumbnail-item")
+    expect(tiles).to_have_count(pictures, timeout=PATIENCE * 1000)
 
 
 @pytest.mark.long
@@ -128,8 +151,7 @@ def test_upload_draw_see_and_draw_again(
         with browser_page(server.url) as (page, asked):
             give(page, reference, "a ball")
             page.locator("#strategies").get_by_label("average").check()
-            draw(page)
-            assert page.locator("#result .thumbnail-item").count() == 2
+            draw(page, pictures=2)
             saved = download(page, tmp_path / "first.png", number=1)
             settings = json.loads(Image.open(io.BytesIO(saved)).info["bootpig"])
             assert (
@@ -140,10 +162,11 @@ def test_upload_draw_see_and_draw_again(
             # Another page, nothing known but the saved file and the reference.
             page.reload()
             give(page, reference, "something else")
-            page.locator("#load input[type=file]").set_input_files(tmp_path / "first.png")
+            with page.expect_file_chooser() as chooser:
+                page.locator("#load").click()
+            chooser.value.set_files(tmp_path / "first.png")
             page.wait_for_function("document.querySelector('#prompt textarea').value === 'a ball'")
-            draw(page)
-            assert page.locator("#result .thumbnail-item").count() == 1
+            draw(page, pictures=1)
             assert download(page, tmp_path / "again.png", number=0) == saved
             # Everything that a page needs comes from its server.
             assert all(address.startswith((server.url, "data:", "blob:")) for address in asked)
@@ -165,9 +188,10 @@ def test_stop_paint_and_mistakes(pretending: Server, reference: Path, tmp_path: 
     with browser_page(pretending.url) as (page, _):
         page.locator("#draw").click()
         page.get_by_text("prompt: is empty").wait_for()
+        page.locator(".toast-close").click()
+        page.locator(".toast-body").wait_for(state="detached")
         give(page, reference, "wait for ever")
-        page.locator("#draw").click()
-        pretending.wait_for("started wait for ever")
+        start(page, pretending, "wait for ever")
         page.get_by_text("softmax: step 3 of 3").wait_for()
         page.locator("#stop").click()
         pretending.wait_for("cancelled wait for ever")
@@ -177,7 +201,9 @@ def test_stop_paint_and_mistakes(pretending: Server, reference: Path, tmp_path: 
         page.locator("#prompt textarea").fill("a ball")
         page.get_by_text("Change a picture").click()
         page.locator("#picture input[type=file]").first.set_input_files(reference)
+        page.locator("#picture").get_by_label("Color").wait_for()  # there when the picture is
         canvas = page.locator("#picture canvas").first
+        canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         assert box is not None
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -185,11 +211,9 @@ def test_stop_paint_and_mistakes(pretending: Server, reference: Path, tmp_path: 
         page.mouse.down()
         page.mouse.move(x + 5, y + 5, steps=4)
         page.mouse.up()
-        draw(page)
-        page.get_by_text("mask.png").first.wait_for()
+        draw(page, pictures=1)
+        page.locator("#used").get_by_label("mask.png").wait_for()
 
         # A page that is closed takes its job with it.
-        page.locator("#prompt textarea").fill("wait until I leave")
-        page.locator("#draw").click()
-        pretending.wait_for("started wait until I leave")
+        start(page, pretending, "wait until I leave")
     pretending.wait_for("cancelled wait until I leave")

@@ -32,9 +32,9 @@ class Server:
     process: subprocess.Popen[str]
     lines: "queue.Queue[str | None]"
 
-    def wait_for(self, beginning: str) -> str:
-        """The next line that begins so."""
-        while (line := self.lines.get(timeout=PATIENCE)) is not None:
+    def wait_for(self, beginning: str, patience: float = PATIENCE) -> str:
+        """The next line that begins so; `queue.Empty` if there is none."""
+        while (line := self.lines.get(timeout=patience)) is not None:
             if line.startswith(beginning):
                 return line.strip()
         raise AssertionError(f"the server ended before it printed {beginning!r}")
@@ -86,9 +86,13 @@ def browser_page(url: str) -> Iterator[tuple[Page, list[str]]]:
     if not CHROMIUM.exists():
         pytest.fail(f"{CHROMIUM} is missing: on Debian, apt-get install chromium")
     with sync_playwright() as playwright:
-        # Chromium's sandbox cannot be had as root or in most containers.
+        # As root and in most containers Chromium has no sandbox. By itself it asks for nothing.
         browser = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-dev-shm-usage"]
+            executable_path=str(CHROMIUM),
+            args=[
+                *("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"),
+                *("--disable-component-update", "--disable-sync", "--no-first-run"),
+            ],
         )
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(PATIENCE * 1000)

@@ -8,12 +8,14 @@ that was saved holds its settings, from which the page and `python -m bootpig_ja
 draw it again.
 """
 
+import asyncio
 import dataclasses
 import html
 import secrets
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from bootpig_jax.web.drawing import (
     open_upload,
     write_files,
 )
-from bootpig_jax.web.jobs import Report, stream
+from bootpig_jax.web.jobs import Cancelled, Report, stream
 from bootpig_jax.web.server import DELETE_UPLOADS, Parser, add_address, private_folder, serve
 
 PORT = 7860
@@ -96,6 +98,8 @@ def build_page(
         folder: where pictures are written to.
     """
     busy = threading.Lock()  # held by the one job that draws
+    # By the page that asks, whether its job is to stop.
+    stops: defaultdict[str | None, asyncio.Event] = defaultdict(asyncio.Event)
     with gr.Blocks(title="BootPIG", analytics_enabled=False, delete_cache=DELETE_UPLOADS) as page:
         gr.Markdown("# BootPIG\nOne thing in a few pictures, and a sentence: that thing, there.")
         shown, chosen = gr.State(Shown()), gr.State()
@@ -150,8 +154,24 @@ def build_page(
                     )
         controls: list[Any] = [prompt, strategies, *fields.values()]
 
+        # Gradio's own way to cancel a job lets its last steps, or an error, come after the end.
+        async def on_press(asker: gr.Request) -> None:
+            stops[asker.session_hash].clear()
+
+        async def on_stop(asker: gr.Request) -> None:
+            stops[asker.session_hash].set()
+
+        def on_leave(asker: gr.Request) -> None:
+            stops.pop(asker.session_hash, None)
+
         async def on_draw(
-            files: Any, edited: Any, before: Shown, text: str, names: list[str], *values: Any
+            asker: gr.Request,
+            files: Any,
+            edited: Any,
+            before: Shown,
+            text: str,
+            names: list[str],
+            *values: Any,
         ) -> AsyncIterator[dict[Any, Any]]:
             started = time.monotonic()
             now = Shown(before.pictures)
@@ -163,31 +183,36 @@ def build_page(
                     with busy:
                         run_job(draw, request, models, folder, report)
 
-                yield {
-                    progress: show_text("Getting ready"),
+                latest: dict[Any, Any] = {
                     result: [],
                     shown: now,
                     used: gr.File(None, visible=False),
                 }
-                async for event in stream(work):
+                yield {progress: show_text("Getting ready"), **latest}
+                async for event in stream(work, stops[asker.session_hash]):
                     if isinstance(event, Step):
                         yield {progress: show_step(event)}
                         continue
                     if isinstance(event, Used):
-                        yield {used: gr.File(list(event.paths), visible=True)}
-                        continue
-                    now = now.add(event)
-                    columns = min(MAX_COLUMNS, max(len(event), len(names)))
-                    yield {
-                        shown: now,
-                        result: gr.Gallery(captioned(now.last), columns=columns),
-                        everything: captioned(now.pictures),
-                    }
+                        latest[used] = gr.File(list(event.paths), visible=True)
+                    else:
+                        now = now.add(event)
+                        columns = min(MAX_COLUMNS, max(len(event), len(names)))
+                        latest |= {
+                            shown: now,
+                            result: gr.Gallery(captioned(now.last), columns=columns),
+                            everything: captioned(now.pictures),
+                        }
+                    yield latest
+            except Cancelled:
+                yield {progress: show_text("Stopped")}
+                return
             except UserError as error:
                 yield {progress: show_text("")}
                 raise gr.Error(str(error), title="Not drawn", print_exception=False) from None
             seconds = time.monotonic() - started
-            yield {progress: show_text(f"{len(now.last)} drawn in {seconds:.1f} s")}
+            # All of it again: the browser can lose one of two updates that come close together.
+            yield {progress: show_text(f"{len(now.last)} drawn in {seconds:.1f} s"), **latest}
 
         def on_load(file: str) -> dict[Any, Any]:
             try:
@@ -225,7 +250,7 @@ def build_page(
         def choose_any(now: Shown, event: gr.SelectData) -> dict[Any, Any]:
             return choose(now.pictures, event.index)
 
-        job = start.click(
+        start.click(on_press, **QUICK).then(
             on_draw,
             [references, picture, shown, *controls],
             [progress, result, everything, shown, used],
@@ -233,7 +258,8 @@ def build_page(
             trigger_mode="once",
             api_name="draw",
         )
-        stop.click(lambda: show_text("Stopped"), None, progress, cancels=[job], **QUICK)
+        stop.click(on_stop, **QUICK)
+        page.unload(on_leave)
         new_seed.click(lambda: secrets.randbelow(2**32), None, fields["seed"], **QUICK)
         result.select(choose_last, shown, [chosen, details], **QUICK)
         everything.select(choose_any, shown, [chosen, details], **QUICK)

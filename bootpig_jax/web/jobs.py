@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 Event = TypeVar("Event")
@@ -10,18 +10,23 @@ Report = Callable[[Event], None]
 
 
 class Cancelled(Exception):
-    """Nobody waits for the result any more."""
+    """The job was stopped, or nobody waits for its result any more."""
 
 
-async def stream(work: Callable[[Report[Any]], None]) -> AsyncIterator[Any]:
+async def stream(
+    work: Callable[[Report[Any]], None], stop: asyncio.Event
+) -> AsyncGenerator[Any, None]:
     """Runs `work` in a thread and yields what it reports.
 
-    When the iterator is closed, the next report raises `Cancelled` inside of `work`.
+    When `stop` is set or the iterator is closed, the next report raises `Cancelled` inside of
+    `work`.
 
     Args:
         work: gets a function to report with, which any thread may call.
+        stop: ends the iterator, whatever `work` is doing.
 
     Raises:
+        Cancelled: `stop` was set.
         Exception: what `work` raises.
     """
     loop = asyncio.get_running_loop()
@@ -52,10 +57,15 @@ async def stream(work: Callable[[Report[Any]], None]) -> AsyncIterator[Any]:
 
     # A daemon: the server need not wait for a picture when it stops.
     threading.Thread(target=run, daemon=True).start()
+    stopped = asyncio.create_task(stop.wait())
+    stopped.add_done_callback(lambda _: events.put_nowait(last))
     try:
         while (event := await events.get()) is not last:
             yield event
+        if stop.is_set():
+            raise Cancelled
         await outcome
     finally:
+        stopped.cancel()
         left.set()
         outcome.cancel()
