@@ -47,7 +47,7 @@ from bootpig_jax.training.checkpointing import Checkpoints
 from bootpig_jax.training.distributed import join_processes
 from bootpig_jax.training.flops import count_flops
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
-from bootpig_jax.training.metrics import MetricLogger, read_history
+from bootpig_jax.training.metrics import MetricLogger, read_history, writing_to
 from bootpig_jax.training.model_card import model_card
 from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.plan import plan, report
@@ -170,7 +170,9 @@ def train(config: TrainConfig) -> None:
             state = checkpoints.restore(state, loader)
             say(f"going on from step {checkpoints.latest} in {config.output_dir}")
         if first:
-            (config.output_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            with writing_to(config.output_dir):
+                effective = dump_config(config)
+                (config.output_dir / "config.yaml").write_text(effective, encoding="utf-8")
         with MetricLogger(config, first_step=int(state.step), active=first) as logger:
             state, complete = run_steps(
                 train_step,
@@ -254,7 +256,8 @@ def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Con
             int(state.step),
             next((row for row in reversed(history) if row["group"] == "validation"), None),
         )
-        (config.output_dir / "README.md").write_text(card, encoding="utf-8")
+        with writing_to(config.output_dir):
+            (config.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
 def say(message: str) -> None:

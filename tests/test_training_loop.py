@@ -1,6 +1,7 @@
 """The loop: it gives up on what will not get better, and never waits for ever."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -143,3 +144,22 @@ def test_a_run_that_goes_on_forgets_what_it_logged_beyond_its_checkpoint(tmp_pat
     with MetricLogger(config, first_step=12):
         pass
     assert (tmp_path / "history.jsonl").read_text().splitlines() == lines[:4]
+
+
+def test_a_full_disk_is_one_line_and_the_history_stays_readable(tmp_path):
+    train(configuration(tmp_path), set(), Saves())
+    before = read_history(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "history.jsonl").stat().st_size
+    with pytest.raises(
+        UserError, match="output_dir: .* cannot be written to .*make room"
+    ) as caught:
+        try:
+            with MetricLogger(configuration(tmp_path), first_step=30) as logger:
+                # Writes beyond it fail, as on a full disk.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limit[1]))
+                logger.scalars(31, "train", {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(caught.value)
+    assert read_history(tmp_path) == before

@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 from jaxtyping import Array, UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import summary as tensorboard
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 from bootpig_jax.config import TrainConfig
@@ -45,7 +47,8 @@ class MetricLogger:
       flops: of an update, over all devices; None while they are not known.
 
     Raises:
-      UserError: `logging.wandb` is set and Weights & Biases is not installed or can't be used.
+      UserError: `logging.wandb` is set and Weights & Biases is not installed or can't be used; or
+        `output_dir` cannot be written to, here or later.
     """
 
     def __init__(self, config: TrainConfig, *, first_step: int, active: bool = True) -> None:
@@ -64,11 +67,14 @@ class MetricLogger:
             disable=not active,
         )
         if active:
-            folder = config.output_dir
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-            earlier = [row for row in read_history(folder) if row["step"] <= first_step]
-            self._history = (folder / HISTORY).open("w", encoding="utf-8")
-            self._history.writelines(f"{json.dumps(row)}\n" for row in earlier)
+            with writing_to(config.output_dir):
+                _forget_history_after(first_step, config.output_dir)
+                (config.output_dir / "tensorboard").mkdir(exist_ok=True)
+                # Not `SummaryWriter`, which writes in a thread: there a full disk is a traceback
+                # that nobody can catch.
+                self._events = EventsWriter(str(config.output_dir / "tensorboard" / "events"))
+                # TensorBoard forgets what an earlier start logged from this step on.
+                self._event(first_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._pending: list[Mapping[str, Array]] = []
         self._waited = 0.0
         self._since = time.perf_counter()
@@ -83,11 +89,12 @@ class MetricLogger:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Flushes the files and ends the progress bar's line."""
+        """Closes the files and ends the progress bar's line."""
         self._bar.close()
         if self._active:
-            self._writer.close()
-            self._history.close()
+            # All was written when it was given, but for what could not be, which was told then.
+            with suppress(OSError):
+                self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(error is not None))
 
@@ -138,10 +145,13 @@ class MetricLogger:
         """Writes values of one step: a line of the history, and a curve for each elsewhere."""
         if not self._active:
             return
-        self._history.write(json.dumps({"step": step, "group": group, **values}) + "\n")
-        self._history.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        line = json.dumps({"step": step, "group": group, **values})
+        with writing_to(self._config.output_dir):
+            with (self._config.output_dir / HISTORY).open("a", encoding="utf-8") as history:
+                history.write(f"{line}\n")
+            for name, value in values.items():
+                self._event(step, summary=tensorboard.scalar(f"{group}/{name}", value))
+            self._events.flush()
         if self._wandb is not None:
             self._wandb.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
 
@@ -149,8 +159,9 @@ class MetricLogger:
         """Shows a picture in TensorBoard, and in Weights & Biases."""
         if not self._active:
             return
-        self._writer.add_image(name, picture, step, dataformats="HWC")
-        self._writer.flush()
+        with writing_to(self._config.output_dir):
+            self._event(step, summary=tensorboard.image(name, picture, dataformats="HWC"))
+            self._events.flush()
         if self._wandb is not None:
             import wandb
 
@@ -163,6 +174,9 @@ class MetricLogger:
         before = time.perf_counter()
         yield
         self._since += time.perf_counter() - before
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def _speed(self, updates_per_second: float) -> dict[str, float]:
         if self.flops is None:
@@ -226,10 +240,34 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turns a write within that fails, as on a full disk, into one line.
+
+    Raises:
+      UserError: it failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot be written to ({error.strerror or error}): make room, "
+            "then start again: the run goes on from its last checkpoint"
+        ) from None
+
+
 def picture_grid(rows: list[UInt8[np.ndarray, "n h w 3"]]) -> UInt8[np.ndarray, "H W 3"]:
     """Joins rows of equally many pictures of one size into one picture, with thin white lines."""
     padded = [np.pad(row, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for row in rows]
     return np.concatenate([np.concatenate(list(row), axis=1) for row in padded], axis=0)
+
+
+def _forget_history_after(step: int, folder: Path) -> None:
+    """Cuts the history; a run that is killed meanwhile has the old one or the new one."""
+    kept = [json.dumps(row) + "\n" for row in read_history(folder) if row["step"] <= step]
+    temporary = folder / f".{HISTORY}.tmp"
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(folder / HISTORY)
 
 
 def _memory() -> dict[str, float]:
@@ -251,7 +289,8 @@ def _wandb_run(config: TrainConfig) -> Any:
     # A run that goes on is the same run there, too; its name stays free for the user to change.
     identity = config.output_dir / "wandb_id"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
+        with writing_to(config.output_dir):
+            identity.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
     try:
         return wandb.init(
             project=config.logging.wandb,
