@@ -46,4 +46,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for number, what in order:
         result = "BROKEN" if (number, what) in broken else "kept"
         measured = "; ".join(dict.fromkeys(figures[number, what]))
-        terminalreporter.write_line(f"{number:<4}{what:<62}{result:<8}{measured}".rstrip())
+        terminalreporter.write_line(f"{number:<4}{what:<66}{result:<8}{measured}".rstrip())
