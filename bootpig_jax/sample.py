@@ -19,37 +19,46 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 from PIL import Image
 
 from bootpig_jax.attention import STRATEGIES
 from bootpig_jax.checkpoints.diffusers import find_model, read_json
-from bootpig_jax.checkpoints.tokenizer import load_tokenizer, tokenize_with_warnings
+from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.diffusion.solvers import SIGMAS, SOLVERS, SPACINGS
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.models.unet import UNetConfig
+from bootpig_jax.models.vae import VAEConfig
 from bootpig_jax.sampling.batches import Place
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
-from bootpig_jax.sampling.inpainting import open_original
-from bootpig_jax.sampling.jobs import draw_jobs, plan_jobs, read_jobs
+from bootpig_jax.sampling.inpainting import open_original, read_original
+from bootpig_jax.sampling.jobs import draw_jobs, named, plan_jobs, read_jobs
 from bootpig_jax.sampling.picture_settings import (
     InputFile,
     PictureSettings,
     read_picture_settings,
     write_png,
 )
-from bootpig_jax.sampling.pipeline import BootPIGPipeline, solver_of
-from bootpig_jax.sampling.references import SEGMENTERS, open_reference
+from bootpig_jax.sampling.pipeline import BootPIGPipeline, check_texts, size_of, solver_of
+from bootpig_jax.sampling.references import (
+    SEGMENTERS,
+    Segmenter,
+    open_reference,
+    reference_pictures,
+)
 from bootpig_jax.sampling.requests import Request
 from bootpig_jax.sampling.settings import (
     SamplingSettings,
     check_original,
     check_prompts,
     check_reference_count,
+    check_text,
 )
+from bootpig_jax.sampling.trained import BASE_UNET, check_bootpig
 
 # What jobs say themselves, and what a picture's settings say once.
 _NOT_WITH_JOBS = ("prompt", "references", "image", "mask", "save_references")
@@ -209,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: something in the arguments is wrong; nothing has been written then.
     """
     given = vars(parse_arguments(arguments))
+    for name in given.keys() & {"model", "bootpig"}:
+        check_text(name, given[name])  # pictures record it
     use_compilation_cache()
     if "jobs" in given and "from_png" in given:
         raise UserError("jobs: does not go with --from-png; leave one out")
@@ -228,13 +239,13 @@ def draw_prompts(given: dict[str, Any]) -> None:
     prompts = check_prompts(given["prompt"])
     inputs = _Inputs.of(given, settings)
     with new_folder(given["output"]) as folder:
-        model = _checked_model(given["model"], given, [(text, settings) for text in prompts])
-        pipeline = _load(model, given.get("bootpig"), given)
-        references = inputs.references
-        seen = settings
-        if "save_references" in given and references:
-            references = _save_references(pipeline, inputs, settings, folder)
-            seen = dataclasses.replace(settings, segmenter="none")
+        model = _Model.find(given)
+        for text in prompts:
+            model.check(text, settings)
+        cut = inputs.cut_references(model, settings)
+        pipeline = _load(model, given)
+        if "save_references" in given:
+            _save_references(cut, folder)
         record = PictureSettings(
             model=given["model"],
             bootpig=given.get("bootpig"),
@@ -245,7 +256,12 @@ def draw_prompts(given: dict[str, Any]) -> None:
         _say("drawing; the first batch compiles the program")
         pictures = {}
         for drawn in pipeline.draw_each(
-            prompts, references or None, seen, image=inputs.image, mask=inputs.mask, progress=True
+            prompts,
+            cut or None,
+            _as_cut(settings),
+            image=inputs.image,
+            mask=inputs.mask,
+            progress=True,
         ):
             p, j = drawn.prompt, drawn.image
             own = {"prompt": prompts[p], "prompt_index": p, "image_index": j, "place": drawn.place}
@@ -282,7 +298,6 @@ def repeat_picture(given: dict[str, Any]) -> None:
             "give --model"
         )
     settings = _settings(record.settings, given)
-    changed = given.keys() - {"from_png", "output", "save_references", "allow_pickle", "strict"}
     for name, files in (
         ("references", record.references),
         ("image", (record.image,)),
@@ -303,29 +318,36 @@ def repeat_picture(given: dict[str, Any]) -> None:
     (prompt,) = check_prompts(given.get("prompt", [record.prompt]))
     place = Place(1, 1, 0) if "batch_size" in given else record.place
     with new_folder(given["output"]) as folder:
-        model = _checked_model(given["model"], given, [(prompt, settings)])
-        pipeline = _load(model, given["bootpig"], given)
-        if "save_references" in given and inputs.references:
-            _save_references(pipeline, inputs, settings, folder)
-        request = inputs.request(pipeline, prompt, settings, record.prompt_index)
+        model = _Model.find(given)
+        model.check(prompt, settings)
+        cut = inputs.cut_references(model, settings)
+        pipeline = _load(model, given)
+        if "save_references" in given:
+            _save_references(cut, folder)
+        request = inputs.request(pipeline, cut, prompt, settings, record.prompt_index)
         _say("drawing; the first batch compiles the program")
         drawn = pipeline.draw_batch(
             [request] * place.prompts,
             [record.image_index] * place.images,
             on_step=(lambda step, steps: None) if place.stepwise else None,
         )[place.row]
-        if not changed:
+        fresh = PictureSettings(
+            model=given["model"],
+            bootpig=given["bootpig"],
+            prompt=prompt,
+            prompt_index=record.prompt_index,
+            image_index=record.image_index,
+            settings=settings,
+            place=place,
+            **inputs.files,
+        )
+        if fresh.draws_the_same_as(record) and place == record.place:
             same = np.array_equal(np.asarray(drawn), np.asarray(picture))
             _say(
                 "the pixels are identical"
                 if same
                 else "warning: the pixels differ; the model, the machine or a version is another"
             )
-        update = {"model": given["model"], "bootpig": given["bootpig"], "prompt": prompt}
-        update |= {"settings": settings, "place": place, **inputs.files}
-        fresh = PictureSettings(
-            **{name: getattr(record, name) for name in ("prompt_index", "image_index")}, **update
-        )
         path = folder / f"{record.prompt_index:03d}_{record.image_index:02d}.png"
         write_png(path, drawn, fresh)
         print(path)
@@ -344,9 +366,11 @@ def run_jobs(given: dict[str, Any]) -> None:
         left = [work.job for work in planned if not work.complete]
         _say(f"{len(jobs)} jobs, of which {len(jobs) - len(left)} are drawn already")
         if left:
-            texts = [(job.prompt, job.settings) for job in left]
-            model = _checked_model(given["model"], given, texts)
-            pipeline = _load(model, given.get("bootpig"), given)
+            model = _Model.find(given)
+            for job in left:
+                with named(job):
+                    model.check(job.prompt, job.settings)
+            pipeline = _load(model, given)
             draw_jobs(pipeline, planned, folder, settings.batch_size)
         print(folder)
 
@@ -377,6 +401,8 @@ class _Inputs:
         originals = {
             name: open_original(given[name], name) for name in ("image", "mask") if name in given
         }
+        if "image" in originals:
+            read_original(originals["image"], originals.get("mask"))
         files: dict[str, Any] = {name: InputFile.of(given[name]) for name in originals}
         return cls(
             references=opened,
@@ -385,16 +411,31 @@ class _Inputs:
             files={"references": tuple(map(InputFile.of, references)), **files},
         )
 
+    def cut_references(self, model: "_Model", settings: SamplingSettings) -> list[Image.Image]:
+        """What the model sees of the references.
+
+        Raises:
+            UserError: one can't be used; the message counts them from 1.
+        """
+        if not self.references:
+            return []
+        segmenter = cast(Segmenter, settings.segmenter)
+        pixels = reference_pictures(self.references, *model.size(settings), segmenter)
+        return [Image.fromarray(picture) for picture in pixels]
+
     def request(
-        self, pipeline: BootPIGPipeline, prompt: str, settings: SamplingSettings, index: int
+        self,
+        pipeline: BootPIGPipeline,
+        cut: Sequence[Image.Image],
+        prompt: str,
+        settings: SamplingSettings,
+        index: int,
     ) -> Request:
-        """What a picture is drawn from."""
+        """What a picture is drawn from; `cut` is from `cut_references`."""
         original = None
         if self.image is not None:
             original = pipeline.encode_original(self.image, self.mask, settings)
-        latents = None
-        if self.references:
-            latents = pipeline.encode_references(self.references, settings)
+        latents = pipeline.encode_references(cut, _as_cut(settings)) if cut else None
         return Request(prompt, settings, index, latents, original)
 
 
@@ -412,36 +453,73 @@ def _settings(base: SamplingSettings, given: dict[str, Any]) -> SamplingSettings
     return dataclasses.replace(base, **changed)
 
 
-def _checked_model(
-    model: str, given: dict[str, Any], texts: Sequence[tuple[str, SamplingSettings]]
-) -> Path:
-    """The model's folder, once the prompts and the solvers are known to suit it."""
-    folder = find_model(model, allow_pickle="allow_pickle" in given)
-    schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    for prompt, settings in texts:
-        solver_of(schedule, settings)
-        if settings.strict:
-            both = [prompt, settings.negative_prompt]
-            tokenize_with_warnings(tokenizer, both, strict=True)
-    return folder
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What a model says of itself in small files: mistakes show before the weights are loaded.
+
+    Attributes:
+        folder: in diffusers' layout.
+        schedule: its noise schedule.
+        tokenizer: its tokenizer.
+        unet: of the UNet that draws.
+        vae: of its VAE.
+    """
+
+    folder: Path
+    schedule: NoiseSchedule
+    tokenizer: Tokenizer
+    unet: UNetConfig
+    vae: VAEConfig
+
+    @classmethod
+    def find(cls, given: dict[str, Any]) -> "_Model":
+        """Reads the files.
+
+        Raises:
+            UserError: there is no such model, or a file is missing or damaged.
+        """
+        folder = find_model(given["model"], allow_pickle="allow_pickle" in given)
+        unet = folder / "unet"
+        if given.get("bootpig"):
+            check_bootpig(given["bootpig"])
+            unet = Path(given["bootpig"]) / BASE_UNET
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        return cls(
+            folder=folder,
+            schedule=NoiseSchedule.from_config(scheduler),
+            tokenizer=load_tokenizer(folder / "tokenizer"),
+            unet=UNetConfig.from_dict(read_json(unet / "config.json")),
+            vae=VAEConfig.from_dict(read_json(folder / "vae" / "config.json")),
+        )
+
+    def size(self, settings: SamplingSettings) -> tuple[int, int]:
+        """Height and width that are drawn; `UserError` if the model cannot."""
+        return size_of(self.unet, self.vae, settings)
+
+    def check(self, prompt: str, settings: SamplingSettings) -> None:
+        """Raises `UserError` if a prompt or the settings do not suit the model."""
+        solver_of(self.schedule, settings)
+        self.size(settings)
+        check_texts(self.tokenizer, [prompt], settings)
 
 
-def _load(model: Path, bootpig: str | None, given: dict[str, Any]) -> BootPIGPipeline:
-    _say(f"loading {model}")
-    return BootPIGPipeline.from_pretrained(model, bootpig, allow_pickle="allow_pickle" in given)
+def _load(model: _Model, given: dict[str, Any]) -> BootPIGPipeline:
+    _say(f"loading {model.folder}")
+    return BootPIGPipeline.from_pretrained(
+        model.folder, given.get("bootpig"), allow_pickle="allow_pickle" in given
+    )
 
 
-def _save_references(
-    pipeline: BootPIGPipeline, inputs: _Inputs, settings: SamplingSettings, folder: Path
-) -> list[Image.Image]:
-    """Writes what the model sees of the references, and returns it."""
-    pixels = pipeline.prepare_references(inputs.references, settings)
-    seen = [Image.fromarray(picture) for picture in pixels]
-    (folder / "references").mkdir()
-    for number, picture in enumerate(seen):
+def _as_cut(settings: SamplingSettings) -> SamplingSettings:
+    """The settings for references that are cut out already."""
+    return dataclasses.replace(settings, segmenter="none")
+
+
+def _save_references(cut: Sequence[Image.Image], folder: Path) -> None:
+    """Writes what the model sees of the references, if there are any."""
+    for number, picture in enumerate(cut):
+        (folder / "references").mkdir(exist_ok=True)
         write_png(folder / "references" / f"{number:02d}.png", picture)
-    return seen
 
 
 @contextlib.contextmanager
@@ -494,10 +572,17 @@ def existing_or_new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Prints this package's warnings as `warning: ...`, without the line of code they come from."""
+    """Prints this package's warnings as `warning: ...`, each once, without the line of code."""
+    said = set()
+
+    def say_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:  # prompts are checked before the model is loaded, and after
+            said.add(str(message))
+            _say(f"warning: {message}")
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        warnings.showwarning = say_once
         yield
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_what_decides_a_picture(tmp_path: Path) -> None:
         assert not SETTINGS.draws_the_same_as(other)
     assert not SETTINGS.draws_the_same_as(SETTINGS.model_copy(update={"image_index": 0}))
 
+    def reference(path: str, digit: str) -> PictureSettings:
+        file = InputFile(path=path, sha256=digit * 64)
+        return SETTINGS.model_copy(update={"references": (file,)})
+
+    assert SETTINGS.draws_the_same_as(reference("elsewhere.png", "0")), "it may have been moved"
+    assert not SETTINGS.draws_the_same_as(reference("dog.png", "1"))
+
 
 def test_reference_files_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "dog.png"
@@ -79,6 +87,10 @@ def test_reference_files_are_checked(tmp_path: Path) -> None:
         file.check("references")
     with pytest.raises(UserError, match="no such file"):
         InputFile(path="/dev/zero", sha256="0" * 64).check("references")
+    unnamed = tmp_path / os.fsdecode(b"\xff.png")
+    PICTURE.save(unnamed)
+    with pytest.raises(UserError, match="not valid Unicode"):
+        InputFile.of(unnamed)
 
 
 def png(path: Path, text: str | None, key: str = "bootpig", zipped: bool = False) -> Path:

@@ -1,6 +1,7 @@
 """`python -m bootpig_jax.sample`: what it writes, and one line for every mistake."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_writes_pictures_and_a_sheet(
     np.testing.assert_array_equal(saved, np.round((seen + 1) * 127.5))
     printed = capsys.readouterr()
     assert printed.out.strip() == str(output / "contact_sheet.png")
-    warning = next(line for line in printed.err.splitlines() if line.startswith("warning: "))
+    (warning,) = (line for line in printed.err.splitlines() if line.startswith("warning: "))
     assert "\ufb01sh" in warning, "the warning shows what the model does not see"
     assert "drawing: 100%" in printed.err
 
@@ -84,6 +85,12 @@ def repeat_from_the_picture(
         sample.main(["--from-png", str(output / name), "--output", str(again)])
         assert (again / name).read_bytes() == (output / name).read_bytes()
         assert "the pixels are identical" in capsys.readouterr().err
+    moved = shutil.copytree(Path(reference_files[0]).parent, tmp_path / "moved")
+    sample.main(
+        ["--from-png", str(output / "000_00.png"), "--output", str(tmp_path / "from elsewhere")]
+        + ["--references", str(moved / "0.png"), str(moved / "1.png")]
+    )
+    assert "the pixels are identical" in capsys.readouterr().err
 
     # What the command line says wins.
     other = tmp_path / "other"
@@ -141,6 +148,36 @@ def test_inpainting_keeps_the_rest(model_folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, drawn)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--segmenter", "alpha"], "reference 1: has no transparency"),
+        (["--segmenter", "rembg"], "segmenter: rembg is not installed"),
+        (["--image", "{}", "--mask", "small.png"], "mask: is 8x8 pixels and the image 40x40"),
+        (["--solver", "ddim", "--sigmas", "karras"], "sigmas: "),
+        (["--bootpig", "missing"], "bootpig: missing/base_unet is missing"),
+    ],
+)
+@pytest.mark.usefixtures("never_loaded")
+def test_what_does_not_suit_the_model_is_named_before_it_is_loaded(
+    model_folder: Path,
+    reference_files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "rembg", None)  # not there
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8), 255).save("small.png")
+    with pytest.raises(UserError, match=f"^{message}"):
+        sample.main(
+            ["--model", str(model_folder), "--references", reference_files[0], "--prompt", "a dog"]
+            + ["--output", "out", *(text.format(reference_files[0]) for text in arguments)]
+        )
+    assert not Path("out").exists()
+
+
 @pytest.mark.usefixtures("never_loaded")
 def test_strict_refuses_a_long_prompt(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,6 +204,7 @@ def test_strict_refuses_a_long_prompt(
         (["--seed", "-1"], "seed: "),
         (["--strategy", "mean"], "strategy: "),
         (["--segmenter", "sam"], "segmenter: "),
+        (["--model", os.fsdecode(b"\xff")], "model: not valid Unicode"),
         (["--prompt", "a\0dog"], "prompt 2: "),
         (["--bootpig", "trained"], "references: "),
         (["--references", *["a.png"] * 17], "references: "),

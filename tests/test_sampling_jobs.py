@@ -1,6 +1,7 @@
 """`--jobs`: every bad line is found before the model loads; what is drawn is not drawn again."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,38 @@ def test_jobs_are_drawn_once_and_together(
     assert len(batches) == 3
 
 
+def test_jobs_share_a_room_and_say_what_is_wrong_with_them(
+    folder: Path,
+    model_folder: Path,
+    bootpig_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoded = []
+    encode_original = BootPIGPipeline.encode_original
+
+    def counted(self: BootPIGPipeline, *given: Any) -> Any:
+        encoded.append(given)
+        return encode_original(self, *given)
+
+    monkeypatch.setattr(BootPIGPipeline, "encode_original", counted)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    room = {"image": "a.png", "mask": "mask.png", "num_images": 1}
+    long = "dog " * 20 + "end"
+    write_jobs(folder, DOG | room | {"prompt": long}, CAT | room | {"seed": 5})
+    run(folder, model_folder, bootpig_folder)
+    assert len(encoded) == 1, "one room for both"
+    (warning,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: "))
+    assert warning.endswith("end'"), "the warning shows what the model does not see"
+
+    # Files are cut out when their turn comes.
+    write_jobs(folder, CAT | {"id": "opaque", "segmenter": "alpha"})
+    with pytest.raises(UserError, match="^job opaque: reference 1: has no transparency"):
+        run(folder, model_folder, bootpig_folder)
+
+
 def same_pixels(a: Path, b: Path) -> bool:
     return np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
 
@@ -120,6 +153,7 @@ def test_a_job_is_read(folder: Path) -> None:
         (CAT | {"prompt": "a\0"}, "prompt: "),
         (CAT | {"references": "c.png"}, "references: "),
         (CAT | {"references": ["c.png"] * 17}, "references: "),
+        (CAT | {"references": ["c\0.png"]}, "NUL"),
         (CAT | {"mask": "a.png"}, "mask: "),
         (CAT | {"strength": 0.5}, "strength: "),
         (CAT | {"image": "a.png"}, "strength: "),
@@ -157,11 +191,15 @@ def test_pictures_are_checked_before_the_model_loads(
         raise AssertionError("the model was loaded before the mistake was found")
 
     monkeypatch.setattr(BootPIGPipeline, "from_pretrained", fail)
+    monkeypatch.setitem(sys.modules, "rembg", None)  # not there
+    Image.new("L", (16, 16)).save(folder / "black.png")
     for job, message in (
-        (DOG | {"references": ["missing.png"]}, "reference .*missing.png: no such file"),
-        (DOG | {"references": ["jobs.jsonl"]}, "reference .*jobs.jsonl: "),
+        (DOG | {"references": ["missing.png"]}, "job dog: reference .*missing.png: no such file"),
+        (DOG | {"references": ["jobs.jsonl"]}, "job dog: reference .*jobs.jsonl: "),
         ({"id": "text", "prompt": "x"}, "job text: references: "),
-        (DOG | {"image": "missing.png", "mask": "a.png"}, "image .*missing.png: no such file"),
+        (DOG | {"image": "missing.png", "mask": "a.png"}, "job dog: image .*missing.png: no such"),
+        (DOG | {"image": "a.png", "mask": "black.png"}, "job dog: mask: has no white pixel"),
+        (DOG | {"segmenter": "rembg"}, "job dog: segmenter: rembg is not installed"),
     ):
         write_jobs(folder, job)
         with pytest.raises(UserError, match=f"^{message}"):

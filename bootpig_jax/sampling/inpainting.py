@@ -122,11 +122,30 @@ def make_original(
     """Reads a picture and its mask, and chooses the window.
 
     Args:
+        image: see `read_original`.
+        mask: likewise.
+        height: of what the model draws, in pixels.
+        width: likewise.
+
+    Raises:
+        UserError: as `read_original`.
+    """
+    pixels, drawn = read_original(image, mask)
+    if drawn is None:
+        size = _largest_window(pixels.shape, height, width)
+        return Original(pixels, None, _centred(size, pixels.shape), height, width)
+    return Original(pixels, drawn, find_window(drawn, height, width), height, width)
+
+
+def read_original(
+    image: Image.Image, mask: Image.Image | None
+) -> tuple[UInt8[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"] | None]:
+    """The pixels of a picture, and where they are drawn anew.
+
+    Args:
         image: any picture; EXIF rotation is applied, alpha composited on white.
         mask: white where something new is drawn, black (or transparent) where nothing changes; of
             any colour mode and of the picture's size. Grey counts as what it is nearer to.
-        height: of what the model draws, in pixels.
-        width: likewise.
 
     Raises:
         UserError: a picture is too small or too large or of a colour mode without a conversion;
@@ -134,9 +153,7 @@ def make_original(
     """
     pixels, _ = _read(image, "image")
     if mask is None:
-        window = _largest_window(pixels.shape, height, width)
-        return Original(pixels, None, _centred(window, pixels.shape), height, width)
-
+        return pixels, None
     drawn = read_mask(mask)
     if drawn.shape != pixels.shape[:2]:
         raise UserError(
@@ -147,7 +164,7 @@ def make_original(
         raise UserError("mask: has no white pixel, so nothing would be drawn")
     if drawn.all():
         raise UserError("mask: is white everywhere, so nothing would be kept; leave it out")
-    return Original(pixels, drawn, find_window(drawn, height, width), height, width)
+    return pixels, drawn
 
 
 def read_mask(mask: Image.Image) -> Bool[np.ndarray, "h w"]:

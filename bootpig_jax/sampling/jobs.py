@@ -13,6 +13,7 @@ are cut as if there were none, so a run that was stopped and went on leaves the 
 that was not.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,16 +21,17 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pydantic
 from jaxtyping import Array
+from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
 
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.batches import Place, make_batches
-from bootpig_jax.sampling.inpainting import open_original
+from bootpig_jax.sampling.inpainting import open_original, read_original
 from bootpig_jax.sampling.picture_settings import (
     InputFile,
     PictureSettings,
@@ -38,7 +40,7 @@ from bootpig_jax.sampling.picture_settings import (
     write_png,
 )
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
-from bootpig_jax.sampling.references import open_reference
+from bootpig_jax.sampling.references import Segmenter, check_segmenter, open_reference
 from bootpig_jax.sampling.requests import EncodedOriginal, Request
 from bootpig_jax.sampling.settings import (
     SamplingSettings,
@@ -154,6 +156,8 @@ def _parse(line: str, folder: Path, defaults: SamplingSettings) -> Job:
             "and begin with a letter or digit"
         )
     check_text("prompt", parsed.prompt)
+    for name in (*parsed.references, parsed.image or "", parsed.mask or ""):
+        check_text("a file's name", name)
     if parsed.references:
         check_reference_count(len(parsed.references))
     check_original(parsed.image is not None, parsed.mask is not None, settings)
@@ -198,7 +202,7 @@ class Work:
 
 
 def plan_jobs(jobs: Sequence[Job], output: Path, model: str, bootpig: str | None) -> list[Work]:
-    """Checks every file of every job, and which pictures exist.
+    """Checks every file and segmenter of every job, and which pictures exist.
 
     Args:
         jobs: from `read_jobs`.
@@ -207,7 +211,8 @@ def plan_jobs(jobs: Sequence[Job], output: Path, model: str, bootpig: str | None
         bootpig: the trained UNets, likewise.
 
     Raises:
-        UserError: a picture can't be used, or one in `output` was drawn from something else.
+        UserError: a picture or a segmenter can't be used, or a picture in `output` was drawn from
+            something else.
     """
 
     @functools.cache
@@ -216,23 +221,24 @@ def plan_jobs(jobs: Sequence[Job], output: Path, model: str, bootpig: str | None
         return InputFile.of(path)
 
     @functools.cache
-    def checked_original(path: Path, name: str) -> InputFile:
-        open_original(path, name)
-        return InputFile.of(path)
+    def checked_original(image: Path, mask: Path | None) -> dict[str, Any]:
+        read_original(*_open_original(image, mask))
+        paths = {"image": image, "mask": mask}
+        return {name: InputFile.of(path) for name, path in paths.items() if path is not None}
 
     planned = []
     for job in jobs:
-        if bootpig is not None and not job.references:
-            raise UserError(f"job {job.id}: references: --bootpig needs at least one")
-        record = PictureSettings(
-            model=model,
-            bootpig=bootpig,
-            prompt=job.prompt,
-            references=tuple(checked_reference(path) for path in job.references),
-            image=None if job.image is None else checked_original(job.image, "image"),
-            mask=None if job.mask is None else checked_original(job.mask, "mask"),
-            settings=job.settings,
-        )
+        with named(job):
+            if bootpig is not None and not job.references:
+                raise UserError("references: --bootpig needs at least one")
+            record = PictureSettings(
+                model=model,
+                bootpig=bootpig,
+                prompt=job.prompt,
+                references=tuple(checked_reference(path) for path in job.references),
+                settings=job.settings,
+                **({} if job.image is None else checked_original(job.image, job.mask)),
+            )
         existing = set()
         for j in range(job.settings.num_images):
             path = picture_path(output, job, j)
@@ -245,6 +251,10 @@ def plan_jobs(jobs: Sequence[Job], output: Path, model: str, bootpig: str | None
                     )
                 existing.add(j)
         planned.append(Work(job, record, frozenset(existing)))
+    for work in planned:
+        if work.job.references and not work.complete:
+            with named(work.job):
+                check_segmenter(cast(Segmenter, work.job.settings.segmenter))
     return planned
 
 
@@ -268,11 +278,10 @@ def draw_jobs(
         return pipeline.encode_references([open_reference(path) for path in paths], settings)
 
     @functools.lru_cache(maxsize=8)
-    def encode_original(job: Job) -> EncodedOriginal:
-        assert job.image is not None
-        image = open_original(job.image, "image")
-        mask = None if job.mask is None else open_original(job.mask, "mask")
-        return pipeline.encode_original(image, mask, job.settings)
+    def encode_original(
+        image: Path, mask: Path | None, settings: SamplingSettings
+    ) -> EncodedOriginal:
+        return pipeline.encode_original(*_open_original(image, mask), settings)
 
     def sized(job: Job) -> SamplingSettings:
         """The settings with the size that is drawn, and without what may differ in a batch."""
@@ -283,20 +292,22 @@ def draw_jobs(
 
     def request(job: Job, shared: SamplingSettings) -> Request:
         own = job.settings.seed, job.settings.negative_prompt
+        with named(job):
+            references = encode_references(job.references, shared) if job.references else None
+            original = encode_original(job.image, job.mask, shared) if job.image else None
         return Request(
             prompt=job.prompt,
             settings=dataclasses.replace(shared, seed=own[0], negative_prompt=own[1]),
-            references=encode_references(job.references, shared) if job.references else None,
-            original=None if job.image is None else encode_original(job),
+            references=references,
+            original=original,
         )
 
     groups: dict[tuple[Any, ...], list[Work]] = {}
     for work in planned:
         job = work.job
-        shape = (sized(job), len(job.references), job.image is None, job.mask is None)
+        with named(job):
+            shape = (sized(job), len(job.references), job.image is None, job.mask is None)
         groups.setdefault(shape, []).append(work)
-    for shared, *_ in groups:
-        pipeline.check_solver(shared)
     missing = sum(work.job.settings.num_images - len(work.existing) for work in planned)
     with tqdm(total=missing, desc="drawing", unit="picture", file=sys.stderr) as bar:
         for (shared, *_), group in groups.items():
@@ -317,6 +328,19 @@ def draw_jobs(
                     write_png(path, picture, record)
                     done.add((p, j))
                     bar.update()
+
+
+@contextlib.contextmanager
+def named(job: Job) -> Iterator[None]:
+    """Names the job in errors."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"job {job.id}: {error}") from None
+
+
+def _open_original(image: Path, mask: Path | None) -> tuple[Image.Image, Image.Image | None]:
+    return open_original(image), None if mask is None else open_original(mask, "mask")
 
 
 def picture_path(output: Path, job: Job, image: int) -> Path:

@@ -55,8 +55,9 @@ class InputFile(ConfigModel):
         """Hashes a file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: it cannot be read, or its name is no text.
         """
+        check_text(str(path), str(path))  # it has to fit into JSON
         try:
             with open(path, "rb") as file:
                 return cls(path=str(path), sha256=hashlib.file_digest(file, "sha256").hexdigest())
@@ -119,9 +120,20 @@ class PictureSettings(ConfigModel):
         return self._essence() == other._essence()
 
     def _essence(self) -> "PictureSettings":
-        """Without what decides nothing but the last bits."""
+        """Without what decides nothing but the last bits, and where the files are."""
+
+        def content(file: InputFile | None) -> InputFile | None:
+            return None if file is None else file.model_copy(update={"path": ""})
+
         settings = dataclasses.replace(self.settings, num_images=1, batch_size=1, strict=False)
-        ignored = {"version": "", "place": Place(1, 1, 0), "settings": settings}
+        ignored = {
+            "version": "",
+            "place": Place(1, 1, 0),
+            "settings": settings,
+            "references": tuple(map(content, self.references)),
+            "image": content(self.image),
+            "mask": content(self.mask),
+        }
         return self.model_copy(update=ignored)
 
 

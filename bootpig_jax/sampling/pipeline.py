@@ -23,17 +23,18 @@ from tqdm import tqdm
 
 from bootpig_jax.attention import Strategy
 from bootpig_jax.checkpoints.diffusers import StableDiffusion, load_stable_diffusion
-from bootpig_jax.checkpoints.tokenizer import tokenize_with_warnings
+from bootpig_jax.checkpoints.tokenizer import Tokenizer, tokenize_with_warnings
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.diffusion.solvers import Solver, make_solver
 from bootpig_jax.errors import UserError
-from bootpig_jax.models.unet import UNet
+from bootpig_jax.models.unet import UNet, UNetConfig
+from bootpig_jax.models.vae import VAEConfig
 from bootpig_jax.sampling.batches import Place, draw_noise, make_batches
 from bootpig_jax.sampling.conditioning import Conditioning, ReferenceCaption, ReferenceTimestep
 from bootpig_jax.sampling.denoise import KeptLatents, OnStep, denoise, denoise_with_references
 from bootpig_jax.sampling.encoding import decode, encode_images, encode_text
 from bootpig_jax.sampling.inpainting import make_original
-from bootpig_jax.sampling.references import Segmenter, reference_pictures
+from bootpig_jax.sampling.references import Segmenter, prepare_references
 from bootpig_jax.sampling.requests import (
     Callback,
     Cancelled,
@@ -248,9 +249,8 @@ class BootPIGPipeline:
         """Draws pictures as `draw` does, and hands over each batch as soon as it is there."""
         prompts = check_prompts(prompt)
         sets = reference_sets(references, len(prompts))
-        self.check_solver(settings)
-        texts = [*prompts, settings.negative_prompt]
-        tokenize_with_warnings(self.model.tokenizer, texts, strict=settings.strict)
+        solver_of(self.model.schedule, settings)
+        check_texts(self.model.tokenizer, prompts, settings)
         check_original(image is not None, mask is not None, settings)
         original = None
         if image is not None:
@@ -391,17 +391,6 @@ class BootPIGPipeline:
         kind = cast(ReferenceCaption, asked)
         return dataclasses.replace(self.conditioning, reference_caption=kind).caption(prompt)
 
-    def prepare_references(
-        self, pictures: Pictures, settings: SamplingSettings
-    ) -> UInt8[np.ndarray, "k H W 3"]:
-        """The references as the model sees them: cut out, on white, of the size that is drawn.
-
-        Raises:
-            UserError: one can't be used; the message counts them from 1.
-        """
-        segmenter = cast(Segmenter, settings.segmenter)
-        return reference_pictures(pictures, *self.size(settings), segmenter)
-
     def encode_references(
         self, pictures: Pictures, settings: SamplingSettings
     ) -> Float[Array, "k h w c"]:
@@ -410,8 +399,8 @@ class BootPIGPipeline:
         Raises:
             UserError: a picture can't be used; the message counts them from 1.
         """
-        pixels = self.prepare_references(pictures, settings)
-        return self.encode_images(pixels.astype(np.float32) / 127.5 - 1)
+        segmenter = cast(Segmenter, settings.segmenter)
+        return self.encode_images(prepare_references(pictures, *self.size(settings), segmenter))
 
     def encode_original(
         self, image: Image.Image, mask: Image.Image | None, settings: SamplingSettings
@@ -430,19 +419,7 @@ class BootPIGPipeline:
         Raises:
             UserError: the model cannot draw that size.
         """
-        factor = self.model.vae.config.downsampling
-        unet = self.model.unet.config
-        default = factor * unet.sample_size
-        size = settings.height or default, settings.width or default
-        multiple = factor * unet.downsampling
-        for name, value in zip(("height", "width"), size, strict=True):
-            if value % multiple:
-                raise UserError(f"{name}: this model needs a multiple of {multiple}, not {value}")
-        return size
-
-    def check_solver(self, settings: SamplingSettings) -> None:
-        """Raises `UserError` if the model's schedule does not allow the settings."""
-        solver_of(self.model.schedule, settings)
+        return size_of(self.model.unet.config, self.model.vae.config, settings)
 
     def _encode_texts(self, texts: Sequence[str]) -> Float[Array, "b l e"]:
         # One by one: what a text becomes must not depend on how many others there are.
@@ -496,6 +473,33 @@ def solver_of(schedule: NoiseSchedule, settings: SamplingSettings) -> Solver:
         sigmas=settings.sigmas,
         strength=settings.strength,
     )
+
+
+def size_of(unet: UNetConfig, vae: VAEConfig, settings: SamplingSettings) -> tuple[int, int]:
+    """Height and width that are drawn: those asked for, or the model's own.
+
+    Raises:
+        UserError: the model cannot draw that size.
+    """
+    default = vae.downsampling * unet.sample_size
+    size = settings.height or default, settings.width or default
+    multiple = vae.downsampling * unet.downsampling
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value % multiple:
+            raise UserError(f"{name}: this model needs a multiple of {multiple}, not {value}")
+    return size
+
+
+def check_texts(tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings) -> None:
+    """Warns of every text that is too long for the model, and shows what it will not see.
+
+    Raises:
+        UserError: there is one, and `settings.strict`.
+    """
+    caption = settings.reference_caption
+    own = [] if caption is None or caption in get_args(ReferenceCaption) else [caption]
+    texts = [*prompts, settings.negative_prompt, *own]
+    tokenize_with_warnings(tokenizer, texts, strict=settings.strict)
 
 
 def spans_all(settings: SamplingSettings) -> bool:

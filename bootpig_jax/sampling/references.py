@@ -11,9 +11,10 @@ package's default model may not be used commercially, so the name is always give
 TRACER and FBA matting, which the paper's authors used; the package is no longer maintained.
 """
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -255,9 +256,31 @@ def _learned_mask(
     rgb: UInt8[np.ndarray, "h w 3"], segmenter: Literal["rembg", "carvekit"]
 ) -> Bool[np.ndarray, "h w"]:
     """The mask of a segmenter that somebody else wrote: any failure of it is the user's to see."""
+    with _named_failures(segmenter):
+        mask = _finder(segmenter)(Image.fromarray(rgb))
+    if mask.shape != rgb.shape[:2]:
+        raise UserError(f"segmenter: {segmenter} returned a mask of another size")
+    return mask
+
+
+_Finder = Callable[[Image.Image], Bool[np.ndarray, "h w"]]
+
+
+def check_segmenter(segmenter: Segmenter) -> None:
+    """Loads a segmenter that somebody else wrote, so that what is missing shows at once.
+
+    Raises:
+        UserError: it is not installed, or its weights can't be had.
+    """
+    if segmenter in ("rembg", "carvekit"):
+        with _named_failures(segmenter):
+            _finder(segmenter)
+
+
+@contextlib.contextmanager
+def _named_failures(segmenter: str) -> Iterator[None]:
     try:
-        find = _rembg() if segmenter == "rembg" else _carvekit()
-        mask = find(Image.fromarray(rgb))
+        yield
     # rembg leaves the interpreter where it finds no ONNX runtime.
     except (ImportError, SystemExit) as error:
         missing = f" ({error})" if isinstance(error, ImportError) else ""
@@ -267,12 +290,10 @@ def _learned_mask(
     except Exception as error:  # among them every failure of a download
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"segmenter: {segmenter} failed: {reason}") from error
-    if mask.shape != rgb.shape[:2]:
-        raise UserError(f"segmenter: {segmenter} returned a mask of another size")
-    return mask
 
 
-_Finder = Callable[[Image.Image], Bool[np.ndarray, "h w"]]
+def _finder(segmenter: Literal["rembg", "carvekit"]) -> _Finder:
+    return _rembg() if segmenter == "rembg" else _carvekit()
 
 
 # Loading the weights takes seconds; they are the same for every picture.

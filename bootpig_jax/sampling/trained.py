@@ -11,7 +11,8 @@ from bootpig_jax.errors import UserError
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.sampling.conditioning import Conditioning
 
-FOLDERS = ("base_unet", "ref_unet")
+BASE_UNET = "base_unet"
+FOLDERS = (BASE_UNET, "ref_unet")
 
 
 def check_bootpig(folder: str | Path) -> Conditioning:
