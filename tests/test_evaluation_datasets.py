@@ -85,6 +85,9 @@ def test_missing_datasets_say_where_they_come_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'imagenet' is not one of dreambooth"):
         open_dataset("imagenet", tmp_path)
     folder = write_dreambooth(tmp_path / "dataset")
+    (folder / "dog" / "09.jpg").symlink_to("nowhere")
+    with pytest.raises(UserError, match="dog/09.jpg: cannot be read .*; get the dataset anew"):
+        open_dataset("dreambooth", folder).fingerprint()
     for path in (folder / "dog").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="dog: holds no pictures"):

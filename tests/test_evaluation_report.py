@@ -56,7 +56,8 @@ def scored(folder: Path, dataset: Dataset, **about: object) -> MethodScores:
 
 
 def test_published_rows_beside_ours(dataset: Dataset, tmp_path: Path) -> None:
-    mine = scored(tmp_path / "<b>mine", dataset, details={"command": "draw & <mine>"})
+    details = {"command": "draw & <mine>", "seed": 3}
+    mine = scored(tmp_path / "<b>mine", dataset, details=details)
     real = score_real(dataset, EMBEDDERS, cache=EmbeddingCache(None), settings=Settings())
     report = describe_scores([mine, real], dataset, command="report it")
     table = report.tables[0]
@@ -82,8 +83,11 @@ def test_published_rows_beside_ours(dataset: Dataset, tmp_path: Path) -> None:
     values = json.loads((tmp_path / "report" / "report.json").read_text())
     assert values["tables"][0]["rows"][0]["name"] == "<b>mine"
     assert values["cards"][0][1]["models"]["DINO"]["sha256"] == "DINO"
+    assert values["cards"][0][1]["drawn_with"]["<b>mine"] == {"seed": 3}
     tex = (tmp_path / "report" / "report.tex").read_text()
     assert r"BootPIG & 31.1 & 79.7 & 67.4 \\" in tex
+    assert r"\textless{}b\textgreater{}mine & " in tex
+    assert "% <b>mine: pictures\n% draw & <mine>\n" in tex
 
 
 def test_different_protocols_share_no_table(dataset: Dataset, tmp_path: Path) -> None:
@@ -158,7 +162,8 @@ def test_a_report_of_ones_own() -> None:
     assert "nan" not in page and "make it" in page
     assert "| x | 1.25 | some |\n| y | – |  |" in render_markdown(table)
     tex = render_tex(report)
-    assert r"x & \textbf{1.25} & some \\" in tex and r"a\_b" in tex and r"50\% \& more" in tex
+    assert r"x & \textbf{1.25} {\scriptsize 1.00 to 2.00} & some \\" in tex
+    assert r"a\_b" in tex and r"50\% \& more" in tex
 
 
 def test_command_line(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scoring folders: figures against plain NumPy, what is left out, and what is refused."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,13 @@ from PIL import Image
 from bootpig_jax import evaluate
 from bootpig_jax.errors import UserError
 from bootpig_jax.evaluation.datasets import Dataset, open_dataset
-from bootpig_jax.evaluation.embedders import EmbeddingCache, ModelCard, Preprocessing, Spec
+from bootpig_jax.evaluation.embedders import (
+    EmbeddingCache,
+    ModelCard,
+    Preprocessing,
+    Spec,
+    preprocess,
+)
 from bootpig_jax.evaluation.files import read_source
 from bootpig_jax.evaluation.protocol import differences
 from bootpig_jax.evaluation.score import (
@@ -84,12 +91,14 @@ def score(
     )
 
 
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def embed(embedder: Projection, data: bytes) -> np.ndarray:
     """What an embedding is, step by step; of unit length."""
-    import io
-
-    from bootpig_jax.evaluation.embedders import preprocess
-
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     vector = embedder.embed_pixels(preprocess(pixels, HOW)[None])[0].astype(np.float64)
     return vector / np.linalg.norm(vector)
@@ -230,9 +239,14 @@ def test_folders_that_do_not_fit(dataset: Dataset, pictures: Path, tmp_path: Pat
     (pictures / "about.json").write_text('{"inputs": {"dog": ["01.jpg"]}}')
     with pytest.raises(UserError, match="says nothing of backpack, bear_plushie, dog2"):
         score(dataset, pictures, [Projection()], allow_missing=True)
-    (pictures / "about.json").write_text('{"input": {}}')
-    with pytest.raises(UserError, match="about.json: is not as it should be"):
-        score(dataset, pictures, [Projection()], allow_missing=True)
+    for text, mistake in (
+        ('{"input": {}}', "input: Extra inputs are not permitted"),
+        ('{"inputs": {"dog": "01.jpg"}}', "inputs.dog: Input should be a valid array"),
+        ('{"method":', "Invalid JSON: EOF"),
+    ):
+        (pictures / "about.json").write_text(text)
+        with pytest.raises(UserError, match=f"about.json: is not as it should be: {mistake}"):
+            score(dataset, pictures, [Projection()], allow_missing=True)
     with pytest.raises(UserError, match="name at least one"):
         score(dataset, pictures, [], allow_missing=True)
     with pytest.raises(UserError, match="--template"):
@@ -303,6 +317,18 @@ def test_the_real_pictures_against_themselves(dataset: Dataset) -> None:
         wanted.append(((real @ real.T).sum() - 3) / 6)
     assert found.summary["CLIP-I"].mean == pytest.approx(np.mean(wanted), abs=1e-6)
     assert found.summary["CLIP-I (with itself)"].mean > found.summary["CLIP-I"].mean
+    # A picture that is broken is not also one without a foreground.
+    for number, content in enumerate((b"gone", png(Image.new("RGB", (40, 40), (30, 30, 30))))):
+        source = dataset.subjects[0].references[number].source
+        assert isinstance(source, Path)
+        source.write_bytes(content)
+    masked = score_real(
+        dataset, [embedder], cache=EmbeddingCache(None), settings=Settings(masked=True)
+    )
+    assert [entry.file for entry in masked.left_out] == ["real: backpack/00.jpg"]
+    assert [entry.file for entry in masked.no_foreground] == ["real: backpack/01.jpg"]
+    assert sorted(masked.summary["CLIP-I masked"].subjects) == ["bear_plushie", "dog", "dog2"]
+    assert differences(found.card, masked.card) == ["dataset_sha256", "masked"]
     single = Dataset(
         "dreambooth",
         tuple(

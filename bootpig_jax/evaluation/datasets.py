@@ -116,15 +116,24 @@ class Dataset:
         return dataclasses.replace(self, subjects=subjects)
 
     def fingerprint(self) -> str:
-        """A hash of all names, prompts and real pictures."""
-        content = [
-            (
-                subject.name,
-                subject.prompts,
-                [(r.name, sha256(read_source(r.source))) for r in subject.references],
-            )
-            for subject in self.subjects
-        ]
+        """A hash of all names, prompts and real pictures.
+
+        Raises:
+            UserError: a picture cannot be read.
+        """
+        try:
+            content = [
+                (
+                    subject.name,
+                    subject.prompts,
+                    [(r.name, sha256(read_source(r.source))) for r in subject.references],
+                )
+                for subject in self.subjects
+            ]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); get the dataset anew"
+            ) from None
         return sha256(json.dumps([self.name, content]).encode())
 
 

@@ -50,13 +50,11 @@ class Environment(ConfigModel):
         versions: of Python and the packages that compute.
         platform: the operating system.
         command: that made the result.
-        seeds: names of the pictures of a prompt: for our own, the number of the picture.
     """
 
     versions: dict[str, str]
     platform: str
     command: str
-    seeds: tuple[str, ...]
 
 
 def read_versions() -> dict[str, str]:

@@ -311,8 +311,11 @@ def _markdown_cell(cell: Cell | str, digits: int) -> str:
 
 
 def render_tex(report: Report) -> str:
-    """The tables, to be put into a document that loads booktabs."""
-    return "\n".join(_tex_table(table) for table in report.tables)
+    """The tables, to be put into a document that loads booktabs; the commands as comments."""
+    commands = (f"{name}\n{command}" for name, command in report.commands)
+    # Line by line: a name must not end the comment.
+    comments = [f"% {line}\n" for text in commands for line in text.splitlines()]
+    return "\n".join(_tex_table(table) for table in report.tables) + "".join(comments)
 
 
 def _tex_table(table: Table) -> str:
@@ -349,13 +352,19 @@ def _tex_cell(cell: Cell | str, digits: int) -> str:
     if cell.value is None:
         return "--"
     text = f"{cell.value:.{digits}f}"
-    return f"\\textbf{{{text}}}" if cell.best else text
+    text = f"\\textbf{{{text}}}" if cell.best else text
+    if cell.interval is not None:
+        low, high = cell.interval
+        text += f" {{\\scriptsize {low:.{digits}f} to {high:.{digits}f}}}"
+    return text
 
 
 _TEX: Mapping[str, str] = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
     **{c: "\\" + c for c in "&%$#_{}"},
 }
 

@@ -319,7 +319,9 @@ def _cards(scores: Sequence[MethodScores]) -> Iterable[tuple[str, dict[str, obje
             cards.append((result.card, [result]))
     for card, results in cards:
         values = card.model_dump(mode="json")
-        values["seeds"] = {r.method: list(r.environment.seeds) for r in results}
+        values["drawn_with"] = {
+            r.method: {k: v for k, v in r.about.details.items() if k != "command"} for r in results
+        }
         values["versions"] = {r.method: r.environment.versions for r in results}
         values["platform"] = sorted({r.environment.platform for r in results})
         yield ", ".join(r.method for r in results), values

@@ -7,10 +7,11 @@ The result is a `MethodScores`: every picture's values, their means and interval
 out, and the protocol card.
 """
 
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,10 @@ def read_about(folder: Path) -> About:
         return About()
     try:
         return About.model_validate_json(path.read_bytes())
-    except (OSError, pydantic.ValidationError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(f"{path}: is not as it should be: {reason}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: is not as it should be: {_first_mistake(error)}") from None
 
 
 def find_pictures(
@@ -294,6 +296,8 @@ def score_folder(
         dataset, folder, known=known, allow_missing=settings.allow_missing
     )
     inputs = _check_inputs(dataset, about, folder)
+    per_prompt = Counter((picture.subject, picture.prompt) for picture in generated)
+    card = _card(dataset, limit, embedders, settings, max(per_prompt.values()))
     tables = _Tables()
     if dataset.toyland:
         _score_toyland(dataset, generated, tables)
@@ -301,7 +305,6 @@ def score_folder(
         _score_model(
             dataset, generated, inputs, embedder, cache, settings, tables, first=not number
         )
-    per_prompt = Counter((picture.subject, picture.prompt) for picture in generated)
     good = [picture for picture in generated if picture.key not in tables.broken]
     empty = sorted({p.subject for p in generated} - {p.subject for p in good})
     if not good or (empty and not settings.allow_missing):
@@ -320,12 +323,12 @@ def score_folder(
         method=about.method or folder.resolve().name,
         folder=str(folder),
         about=about,
-        card=_card(dataset, limit, embedders, settings, max(per_prompt.values())),
-        environment=_environment(settings, {picture.path.stem for picture in generated}),
+        card=card,
+        environment=_environment(settings),
         summary=summarise(pictures),
         pictures=pictures,
-        left_out=tables.left_out(tables.broken),
-        no_foreground=tables.left_out(tables.no_foreground),
+        left_out=_left_out(tables.broken),
+        no_foreground=_left_out(tables.no_foreground, besides=tables.broken),
         missing=missing,
     )
 
@@ -341,7 +344,8 @@ def score_real(
     """Scores the real pictures of each subject against its others: the sanity check.
 
     Beside the mean over pairs of different pictures stands, as "... (with itself)", the one over
-    all pairs, in which each picture also meets itself.
+    all pairs, in which each picture also meets itself; with `settings.masked` also those of the
+    foregrounds.
 
     Raises:
         UserError: no subject has two pictures, or no model is named.
@@ -349,17 +353,21 @@ def score_real(
     if not embedders:
         raise UserError("--embedder: the sanity check needs at least one")
     dataset = full.limited(limit)
-    broken: dict[str, str] = {}
+    card = _card(dataset, limit, embedders, settings, 0)
+    reasons: dict[Variant, dict[str, str]] = {"whole": {}}
+    if settings.masked:
+        reasons["masked"] = {}
     values: dict[str, dict[str, float]] = defaultdict(dict)
-    for embedder in embedders:
-        real = _embed_references(dataset, embedder, "whole", cache, settings, broken)
+    for embedder, variant in itertools.product(embedders, reasons):
+        real = _embed_references(dataset, embedder, variant, cache, settings, reasons[variant])
         for subject in dataset.subjects:
             found = real[subject.name]
             if len(found) < 2:
                 continue
             stacked = np.stack(list(found.values()))
             for with_itself in (False, True):
-                label = embedder.spec.label + (" (with itself)" if with_itself else "")
+                label = embedder.spec.label + (" masked" if variant == "masked" else "")
+                label += " (with itself)" if with_itself else ""
                 for name, value in zip(
                     found, metrics.real_similarity(stacked, with_itself=with_itself), strict=True
                 ):
@@ -374,11 +382,12 @@ def score_real(
         method=REAL,
         folder=None,
         about=About(method=REAL),
-        card=_card(dataset, limit, embedders, settings, 0),
-        environment=_environment(settings, set()),
+        card=card,
+        environment=_environment(settings),
         summary=summarise(pictures),
         pictures=pictures,
-        left_out=_Tables.left_out(broken),
+        left_out=_left_out(reasons["whole"]),
+        no_foreground=_left_out(reasons.get("masked", {}), besides=reasons["whole"]),
     )
 
 
@@ -416,9 +425,11 @@ class _Tables:
         for picture, value in zip(pictures, values, strict=True):
             self.values[picture.key][name] = float(value)
 
-    @staticmethod
-    def left_out(reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
-        return tuple(LeftOut(file=key, reason=reasons[key]) for key in sorted(reasons))
+
+def _left_out(reasons: Mapping[str, str], besides: Collection[str] = ()) -> tuple[LeftOut, ...]:
+    return tuple(
+        LeftOut(file=key, reason=reasons[key]) for key in sorted(reasons) if key not in besides
+    )
 
 
 def _score_model(
@@ -677,13 +688,8 @@ def _card(
     )
 
 
-def _environment(settings: Settings, seeds: set[str]) -> Environment:
-    return Environment(
-        versions=read_versions(),
-        platform=read_platform(),
-        command=settings.command,
-        seeds=tuple(sorted(seeds)),
-    )
+def _environment(settings: Settings) -> Environment:
+    return Environment(versions=read_versions(), platform=read_platform(), command=settings.command)
 
 
 def read_scores(path: Path) -> MethodScores:
@@ -697,11 +703,15 @@ def read_scores(path: Path) -> MethodScores:
     except OSError as error:
         raise UserError(f"--scores: {path} cannot be read ({error.strerror or error})") from None
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"--scores: {path}: is no result of score: {where}: {first['msg']}"
+            f"--scores: {path}: is no result of score: {_first_mistake(error)}"
         ) from None
+
+
+def _first_mistake(error: pydantic.ValidationError) -> str:
+    """The field and what is wrong with it, in one line."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def dump_scores(scores: MethodScores) -> str:
