@@ -32,6 +32,7 @@ from bootpig_jax.evaluation.generate import (
     generate,
     load_drawer,
 )
+from bootpig_jax.evaluation.lpips import load_lpips
 from bootpig_jax.evaluation.render import write_report
 from bootpig_jax.evaluation.report import describe_scores
 from bootpig_jax.evaluation.score import (
@@ -119,6 +120,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "none for Toyland",
     )
     score.add_argument("--masked", action="store_true", help="score foregrounds too")
+    score.add_argument("--lpips", action="store_true", help="score diversity by LPIPS too")
     score.add_argument("--template", default="{}", help="what a prompt is put into for CLIP-T")
     score.add_argument("--allow-missing", action="store_true", help="prompts may lack pictures")
     score.add_argument("--cache", type=Path, default=CACHE, help="where embeddings are kept")
@@ -252,6 +254,8 @@ def run_score(options: argparse.Namespace, command: str) -> int:
         command=command,
     )
     dataset = open_dataset(options.dataset, options.data)
+    if options.sanity and options.lpips:
+        raise UserError("--lpips: compares the pictures of a prompt; with --sanity there are none")
     if options.pictures is not None and not options.pictures.is_dir():
         raise UserError(f"--pictures: {options.pictures} is no folder")
     named = options.embedder or ([] if dataset.toyland else ["clip", "dino"])
@@ -267,6 +271,9 @@ def run_score(options: argparse.Namespace, command: str) -> int:
         )
         for name, entry in zip(names, named, strict=True)
     ]
+    lpips = None
+    if options.lpips:
+        lpips = load_lpips(allow_pickle=options.allow_pickle, device=options.device)
     cache = EmbeddingCache(options.cache.expanduser())
     if options.sanity:
         scores = score_real(dataset, embedders, limit=options.limit, cache=cache, settings=settings)
@@ -278,6 +285,7 @@ def run_score(options: argparse.Namespace, command: str) -> int:
             limit=options.limit,
             cache=cache,
             settings=settings,
+            lpips=lpips,
         )
     write_whole(options.output, dump_scores(scores))
     print(format_summary(scores))

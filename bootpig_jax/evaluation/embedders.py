@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,8 +351,13 @@ def _hash_model(model: Any) -> str:
         [getattr(c, name, None) for name in ("hidden_act", "num_attention_heads", "layer_norm_eps")]
         for c in (vision, getattr(model.config, "text_config", None))
     ]
-    digest = hashlib.sha256(json.dumps([type(model).__name__, used]).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    return hash_tensors(model.state_dict(), json.dumps([type(model).__name__, used]))
+
+
+def hash_tensors(tensors: Mapping[str, Any], use: str = "") -> str:
+    """A hash of PyTorch's tensors and their names, and of `use`."""
+    digest = hashlib.sha256(use.encode())
+    for name, tensor in sorted(tensors.items()):
         values = tensor.detach().cpu().contiguous().numpy()
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
         digest.update(values.tobytes())

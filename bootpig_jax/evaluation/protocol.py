@@ -29,6 +29,7 @@ class Card(ConfigModel):
         masked: how foregrounds are cut out; None where they are not scored.
         template: what a prompt is put into before CLIP reads it.
         pairs: which pictures are compared, and how means are taken.
+        lpips: the model of the LPIPS diversity; None where it is not scored.
     """
 
     dataset: str
@@ -41,6 +42,7 @@ class Card(ConfigModel):
     masked: str | None
     template: str
     pairs: str = PAIRS
+    lpips: ModelCard | None = None
 
 
 class Environment(ConfigModel):
@@ -83,14 +85,15 @@ def read_platform() -> str:
 def differences(one: Card, other: Card) -> list[str]:
     """The fields in which two cards differ, dotted; where a model came from does not count.
 
-    Nor does the number of pictures where one of them is of the real pictures, which has none.
+    Nor does what is about pictures of one prompt where one of them is of the real pictures, which
+    have no prompt.
     """
     values = [card.model_dump(mode="json") for card in (one, other)]
     for card in values:
         for model in card["models"].values():
             del model["source"]
         if not (one.pictures_per_prompt and other.pictures_per_prompt):
-            del card["pictures_per_prompt"]
+            del card["pictures_per_prompt"], card["lpips"]
     return sorted(_differing(values[0], values[1], ""))
 
 

@@ -225,7 +225,8 @@ def _further_tables(scores: Sequence[MethodScores], measures: Sequence[str]) -> 
             ),
             note="unseen: against the real pictures that the method was not given. masked: "
             "foregrounds alone. subject@k: share of pictures whose own subject is the nearest of "
-            "k look-alikes. diversity: 1 - cosine between pictures of one prompt. All times 100.",
+            "k look-alikes. diversity: 1 - cosine, or LPIPS, between pictures of one prompt. All "
+            "times 100.",
         )
 
 

@@ -10,6 +10,7 @@ out, and the protocol card.
 import itertools
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pydantic
 from jaxtyping import Float
+from tqdm import tqdm
 
 from bootpig_jax.data.pictures import PictureError
 from bootpig_jax.errors import UserError
@@ -32,8 +34,10 @@ from bootpig_jax.evaluation.embedders import (
     Variant,
     decode,
     embed_pictures,
+    preprocess,
 )
 from bootpig_jax.evaluation.files import list_folders, list_pictures, name_some
+from bootpig_jax.evaluation.lpips import Lpips
 from bootpig_jax.evaluation.protocol import Card, Environment, read_platform, read_versions
 from bootpig_jax.toyland.measures import nearest_scene, subject_rank
 from bootpig_jax.toyland.render import SIZE
@@ -273,6 +277,7 @@ def score_folder(
     limit: int | None = None,
     cache: EmbeddingCache,
     settings: Settings,
+    lpips: Lpips | None = None,
 ) -> MethodScores:
     """Scores a method's folder.
 
@@ -283,6 +288,7 @@ def score_folder(
         limit: how many subjects and prompts of the dataset are scored.
         cache: where embeddings are kept.
         settings: how.
+        lpips: the model of a further measure of diversity.
 
     Raises:
         UserError: the folder does not fit the dataset, or nothing can be scored.
@@ -297,7 +303,7 @@ def score_folder(
     )
     inputs = _check_inputs(dataset, about, folder)
     per_prompt = Counter((picture.subject, picture.prompt) for picture in generated)
-    card = _card(dataset, limit, embedders, settings, max(per_prompt.values()))
+    card = _card(dataset, limit, embedders, settings, max(per_prompt.values()), lpips)
     tables = _Tables()
     if dataset.toyland:
         _score_toyland(dataset, generated, tables)
@@ -305,6 +311,8 @@ def score_folder(
         _score_model(
             dataset, generated, inputs, embedder, cache, settings, tables, first=not number
         )
+    if lpips is not None:
+        _add_lpips(generated, lpips, settings, tables)
     good = [picture for picture in generated if picture.key not in tables.broken]
     empty = sorted({p.subject for p in generated} - {p.subject for p in good})
     if not good or (empty and not settings.allow_missing):
@@ -510,14 +518,29 @@ def _look_for_copies(
 def _add_diversity(
     label: str, generated: Sequence[Generated], found: Embeddings, tables: _Tables
 ) -> None:
+    for pictures in _group_by_prompt([p for p in generated if p.key in found]):
+        vectors = np.stack([found[picture.key] for picture in pictures])
+        tables.add(f"{label} diversity", pictures, metrics.diversity(vectors))
+
+
+def _add_lpips(
+    generated: Sequence[Generated], lpips: Lpips, settings: Settings, tables: _Tables
+) -> None:
+    """Each picture's mean LPIPS distance to the others of its prompt."""
+    groups = _group_by_prompt([p for p in generated if p.key not in tables.broken])
+    for pictures in tqdm(groups, desc="LPIPS", disable=not settings.progress, file=sys.stderr):
+        decoded = [decode(picture.path.read_bytes(), "whole") for picture in pictures]
+        pixels = np.stack([preprocess(rgb, lpips.card.preprocessing) for rgb in decoded])
+        distances = lpips.distances(pixels).sum(axis=1) / (len(pictures) - 1)
+        tables.add("LPIPS diversity", pictures, distances)
+
+
+def _group_by_prompt(pictures: Sequence[Generated]) -> list[list[Generated]]:
+    """The pictures of each prompt that has at least two."""
     prompts: dict[tuple[str, int], list[Generated]] = defaultdict(list)
-    for picture in generated:
-        if picture.key in found:
-            prompts[picture.subject, picture.prompt].append(picture)
-    for pictures in prompts.values():
-        if len(pictures) > 1:
-            vectors = np.stack([found[picture.key] for picture in pictures])
-            tables.add(f"{label} diversity", pictures, metrics.diversity(vectors))
+    for picture in pictures:
+        prompts[picture.subject, picture.prompt].append(picture)
+    return [group for group in prompts.values() if len(group) > 1]
 
 
 def _add_gallery(
@@ -674,6 +697,7 @@ def _card(
     embedders: Sequence[Embedder],
     settings: Settings,
     per_prompt: int,
+    lpips: Lpips | None = None,
 ) -> Card:
     return Card(
         dataset=dataset.name,
@@ -685,6 +709,7 @@ def _card(
         models={embedder.spec.label: embedder.card for embedder in embedders},
         masked=MASKED if settings.masked else None,
         template=settings.template,
+        lpips=None if lpips is None else lpips.card,
     )
 
 
