@@ -1,6 +1,8 @@
 """Drawing a dataset: layout, resumption, shares of the work, and the methods."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -293,6 +295,18 @@ def test_starting_it_imports_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/reproduction.md"])
+def test_commands_in_the_documentation_parse(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *python -m bootpig_jax\.evaluate (.+)$", text, re.MULTILINE)
+    values = {"method": "text", "strategy": "softmax", "count": "1"}
+    for command in commands:
+        # What a loop or a function would put in.
+        typed = re.sub(r"\$\{?(\w+)\}?", lambda m: values.get(m[1], "x"), command)
+        evaluate.parse_arguments(shlex.split(typed.replace('"${@:3}"', ""), comments=True))
+    assert len(commands) >= 3
 
 
 def test_about_is_readable(dataset: Dataset, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ def test_ablation_and_curve(dataset: Dataset, tmp_path: Path) -> None:
     assert rows["none / all, yes"][5] == Cell(value=43.8)
     assert rows["RSA / none, yes"][0] == ""
     (curve,) = report.curves
+    assert curve.title == "Figure 7: more references (BootPIG to table2_none_all)"
     assert [line.name for line in curve.lines] == ["CLIP-T", "CLIP-I", "DINO"]
     assert [point[0] for point in curve.lines[0].points] == [1.0, 3.0]
     page = render_html(report)

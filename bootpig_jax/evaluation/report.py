@@ -287,7 +287,8 @@ def _reference_curves(scores: Sequence[MethodScores], measures: Sequence[str]) -
             lines.append(Line(name=name, points=tuple(points)))
         curves.append(
             Curve(
-                title="Figure 7: more references",
+                title="Figure 7: more references "
+                f"({group[min(group)].method} to {group[max(group)].method})",
                 x_label="references",
                 y_label="score",
                 lines=tuple(lines),

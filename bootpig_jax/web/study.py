@@ -261,7 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.a is None or options.b is None:
         raise UserError("--a, --b: name the folders of two methods' pictures")
     pairs = find_pairs(open_dataset(options.dataset, options.data), options.a, options.b)
-    names = [read_about(folder).method or folder.name for folder in (options.a, options.b)]
+    names = [
+        read_about(folder).method or folder.resolve().name for folder in (options.a, options.b)
+    ]
     if names[0] == names[1]:
         raise UserError(f"--a, --b: both are called {names[0]}; name two methods")
     database = Database.create(options.database, *names)
