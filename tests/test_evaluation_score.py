@@ -289,6 +289,18 @@ def test_foregrounds(dataset: Dataset, pictures: Path) -> None:
     assert [entry.file for entry in found.no_foreground] == ["dog/00/00.png"]
     assert not found.left_out
     assert found.summary["CLIP-I masked"].pictures == 23
+    # With one real picture unseen, the mean over three is made of it and the two others.
+    about = {name: ["00.jpg", "01.jpg"] for name in SUBJECTS}
+    (pictures / "about.json").write_text(json.dumps({"inputs": about}))
+    given = score(dataset, pictures, [Projection()], masked=True)
+    about = {name: ["02.jpg"] for name in SUBJECTS}
+    (pictures / "about.json").write_text(json.dumps({"inputs": about}))
+    other = score(dataset, pictures, [Projection()], masked=True)
+    (pictures / "about.json").unlink()
+    unseen = [r.summary["CLIP-I masked unseen"].mean for r in (given, other)]
+    whole = given.summary["CLIP-I masked"].mean
+    assert whole == pytest.approx((unseen[0] + 2 * unseen[1]) / 3, abs=1e-6)
+    assert unseen[0] != pytest.approx(whole, abs=1e-3)
     # The background and the place no longer count.
     shifted = Image.new("RGB", (60, 50), (200, 220, 250))
     shifted.paste(picture(10_000).crop((4, 4, 30, 32)), (20, 12))

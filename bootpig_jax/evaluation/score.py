@@ -459,14 +459,7 @@ def _score_model(
     if empty:
         raise UserError(f"{name_some(empty)}: every real picture is broken; get the dataset anew")
     by_subject = _group(generated, found)
-    for name, pictures in by_subject.items():
-        vectors = np.stack([found[picture.key] for picture in pictures])
-        tables.add(label, pictures, _similarity(vectors, real[name]))
-        if inputs is None:
-            continue
-        unseen = {key: real[name][key] for key in real[name] if key not in inputs[name]}
-        if unseen:
-            tables.add(f"{label} unseen", pictures, _similarity(vectors, unseen))
+    _add_similarity(label, by_subject, found, real, inputs, tables)
     if first:
         _look_for_copies(by_subject, found, real, inputs, tables)
     _add_diversity(label, generated, found, tables)
@@ -483,14 +476,28 @@ def _score_model(
             tables.no_foreground,
         )
         real = _embed_references(dataset, embedder, "masked", cache, settings, tables.no_foreground)
-        for name, pictures in _group(generated, found).items():
-            if real[name]:
-                vectors = np.stack([found[picture.key] for picture in pictures])
-                tables.add(f"{label} masked", pictures, _similarity(vectors, real[name]))
+        by_subject = _group(generated, found)
+        _add_similarity(f"{label} masked", by_subject, found, real, inputs, tables)
 
 
-def _similarity(vectors: np.ndarray, real: Embeddings) -> np.ndarray:
-    return metrics.image_similarity(vectors, np.stack(list(real.values())))
+def _add_similarity(
+    label: str,
+    by_subject: Mapping[str, Sequence[Generated]],
+    found: Embeddings,
+    real: Mapping[str, Embeddings],
+    inputs: Mapping[str, Sequence[str]] | None,
+    tables: _Tables,
+) -> None:
+    """The similarity to all real pictures, and to those that the method was not given."""
+    for name, pictures in by_subject.items():
+        compared = {label: list(real[name])}
+        if inputs is not None:
+            compared[f"{label} unseen"] = [key for key in real[name] if key not in inputs[name]]
+        vectors = np.stack([found[picture.key] for picture in pictures])
+        for measure, keys in compared.items():
+            if keys:
+                against = np.stack([real[name][key] for key in keys])
+                tables.add(measure, pictures, metrics.image_similarity(vectors, against))
 
 
 def _look_for_copies(
