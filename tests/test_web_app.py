@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.settings import SamplingSettings
@@ -132,6 +132,18 @@ def start(page: Page, server: Server, prompt: str) -> None:
     pytest.fail(f"{prompt!r} never begins")
 
 
+def put_picture(page: Page, path: Path) -> None:
+    """Gives the editor a picture; one that comes before the editor is ready is lost."""
+    for _ in range(PATIENCE // 5):
+        with contextlib.suppress(TimeoutError):
+            with page.expect_file_chooser(timeout=5000) as chooser:
+                page.locator("#picture").get_by_label("Upload", exact=True).click(timeout=5000)
+            chooser.value.set_files(path)
+            page.locator("#picture").get_by_label("Color").wait_for(timeout=5000)
+            return
+    pytest.fail("the editor takes no picture")
+
+
 def draw(page: Page, pictures: int) -> None:
     """Draws, and waits for as many pictures."""
     page.locator("#draw").click()
@@ -200,8 +212,7 @@ def test_stop_paint_and_mistakes(pretending: Server, reference: Path, tmp_path: 
         # Inpainting: a picture, and a stroke of the brush.
         page.locator("#prompt textarea").fill("a ball")
         page.get_by_text("Change a picture").click()
-        page.locator("#picture input[type=file]").first.set_input_files(reference)
-        page.locator("#picture").get_by_label("Color").wait_for()  # there when the picture is
+        put_picture(page, reference)
         canvas = page.locator("#picture canvas").first
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()

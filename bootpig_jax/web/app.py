@@ -161,8 +161,8 @@ def build_page(
         async def on_stop(asker: gr.Request) -> None:
             stops[asker.session_hash].set()
 
-        def on_leave(asker: gr.Request) -> None:
-            stops.pop(asker.session_hash, None)
+        async def on_leave(asker: gr.Request) -> None:
+            stops.pop(asker.session_hash, asyncio.Event()).set()
 
         async def on_draw(
             asker: gr.Request,
