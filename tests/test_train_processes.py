@@ -1,6 +1,5 @@
-"""Two processes with two devices each are the same run as one process with four."""
+"""Two processes with two devices each are the same run as one process with one device."""
 
-import json
 import os
 import signal
 import socket
@@ -10,11 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
 from bootpig_jax.training.checkpointing import fault, saved_steps
+from bootpig_jax.training.metrics import read_history
 from tests.training_helpers import save_tiny_data
 
 pytestmark = pytest.mark.long
@@ -48,14 +50,18 @@ safety: {{hang_seconds: 400}}
 
 
 def start(
-    arguments: list[str], output: Path, processes: int, last: Sequence[str] = TRAIN
+    arguments: list[str],
+    output: Path,
+    processes: int,
+    last: Sequence[str] = TRAIN,
+    devices: int = 4,
 ) -> list[subprocess.Popen[str]]:
-    """Starts a run of four devices in all; the last process may run another program."""
+    """Starts a run of so many devices in all; the last process may run another program."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = [
-        f"--xla_force_host_platform_device_count={4 // processes}",
+        f"--xla_force_host_platform_device_count={devices // processes}",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
@@ -85,15 +91,32 @@ def finish(running: list[subprocess.Popen[str]]) -> str:
     return printed[0]
 
 
-def losses(output: Path) -> dict[int, float]:
-    lines = (output / "history.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
+def history(output: Path) -> dict[int, dict[str, float]]:
+    """The loss, also by timestep, and the gradients' norms of each update."""
+    return {
+        row["step"]: {name: row[name] for name in row if name.startswith(("loss", "gradient_norm"))}
+        for row in read_history(output)
+    }
+
+
+def gradient_means(output: Path) -> dict[str, np.ndarray]:
+    """What the optimiser keeps of all gradients: their running means after the last update."""
+    state = output / "checkpoints" / str(STEPS) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(state).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        restored = checkpointer.restore(state, restore_args=as_numpy)
+    return {name: array for name, array in restored.items() if ".mu." in name}
 
 
 def assert_same_run(output: Path, expected: Path) -> None:
-    assert losses(output).keys() == losses(expected).keys() == set(range(1, STEPS + 1))
-    for step, loss in losses(expected).items():
-        assert losses(output)[step] == pytest.approx(loss, rel=1e-5), step
+    assert history(output).keys() == history(expected).keys() == set(range(1, STEPS + 1))
+    for step, metrics in history(expected).items():
+        assert history(output)[step] == pytest.approx(metrics, rel=1e-5), step
+    means, others = gradient_means(output), gradient_means(expected)
+    assert means.keys() == others.keys() and len(means) > 100
+    difference = np.sqrt(sum(np.square(means[n] - others[n]).sum() for n in means))
+    assert difference <= 1e-5 * np.sqrt(sum(np.square(mean).sum() for mean in others.values()))
     for name in ("base_unet", "ref_unet"):
         tensors, others = (load_file(run / name / WEIGHTS) for run in (output, expected))
         for key, tensor in tensors.items():
@@ -105,11 +128,11 @@ def assert_same_run(output: Path, expected: Path) -> None:
 @pytest.fixture(scope="module")
 def one_process(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one") / "run"
-    finish(start(arguments, output, 1))
+    finish(start([*arguments, "mesh.data=1", "mesh.fsdp=1"], output, 1, devices=1))
     return output
 
 
-@pytest.mark.promise("R5", "two processes are one run: losses within 1e-5")
+@pytest.mark.promise("R5", "two processes are one: losses, gradients within 1e-5")
 def test_two_processes_equal_one(arguments, one_process, tmp_path):
     finish(start(arguments, tmp_path / "run", 2))
     assert_same_run(tmp_path / "run", one_process)
@@ -128,7 +151,7 @@ def test_sigterm_to_one_of_two_saves_once_and_one_process_goes_on(arguments, one
     printed = finish(running)
     assert "saved; the same command goes on from here" in printed
     steps = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
-    assert steps and losses(output).keys() == set(range(1, steps[-1] + 1))
+    assert steps and history(output).keys() == set(range(1, steps[-1] + 1))
     for step in [step for step in steps if step > 6]:  # the test needs some steps to go on with
         os.rename(output / "checkpoints" / str(step), output / f"later-{step}")
     finish(start([*arguments, "mesh.data=1", "mesh.fsdp=4"], output, 1))
@@ -155,7 +178,7 @@ def test_sigterm_loses_no_update(
         finish(running)
         slowest = max(slowest, time.perf_counter() - asked)
         assert slowest < SECONDS_TO_END
-        made = max(losses(tmp_path))
+        made = max(history(tmp_path))
         assert made >= wanted and made == max(saved_steps(tmp_path / "checkpoints"))
         assert fault(tmp_path / "checkpoints" / str(made)) is None
     found(f"{processes} process(es): {times} of {times}, the slowest in {slowest:.1f} s")
