@@ -66,7 +66,8 @@ def open_picture(
         raise
     except UnidentifiedImageError:
         if _begins_like_a_picture(source):
-            raise PictureError("damaged", "cannot be read (its header is damaged)") from None
+            detail = "its header is damaged, or its colours are of an uncommon kind: save it as PNG"
+            raise PictureError("damaged", f"cannot be read ({detail})") from None
         raise PictureError("format", f"is none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise _too_many_pixels() from None
