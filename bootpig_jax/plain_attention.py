@@ -3,9 +3,10 @@
 What is fast on a CPU was measured (`python -m benchmarks.layers` compares with PyTorch's kernel):
 heads before tokens, and from a million scores on, blocks of queries whose scores stay in the cache.
 A block's scores are never kept: the backward pass computes them again from the queries, the keys
-and the log-sum-exp, as FlashAttention does.
+and the log-sum-exp, as FlashAttention does. So it takes the memory that a fused kernel takes.
 
-Below, ``q`` are queries divided by ``sqrt(d)``, and ``lengths`` broadcast to the scores.
+Below, ``q`` are queries divided by ``sqrt(d)``. ``lengths`` say how many keys count: in `_attend`
+and `_scores` they broadcast to the scores, in `_blocked` there is one for each head.
 """
 
 import functools
@@ -78,11 +79,7 @@ def _scores(q: Array, k: Array, lengths: Array | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blocked(q: Array, k: Array, v: Array, lengths: Array | None, size: int) -> tuple[Array, Array]:
-    """`_attend`, one head ``[n d]`` and one block of `size` queries after the other.
-
-    The scores of a block stay in the cache, and no more than that is ever in memory: the backward
-    pass computes them again. So its memory is also what a fused attention takes on a GPU.
-    """
+    """`_attend` for heads ``[h n d]``, one head and one block of `size` queries after the other."""
 
     def head(arguments: tuple[Any, ...]) -> tuple[Array, Array]:
         q, k, v, length = arguments
