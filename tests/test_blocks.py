@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bootpig_jax.models.blocks import Linear, conv3x3
+from bootpig_jax.models import blocks
+from bootpig_jax.models.blocks import FeedForward, Linear, conv3x3
 
 
 @pytest.mark.parametrize("side", [2, 8], ids=["few positions", "many positions"])
@@ -41,3 +42,29 @@ def test_linear_layers_take_any_number_of_axes() -> None:
     for shape in [(5,), (3, 5), (2, 3, 5), (2, 0, 3, 5)]:
         x = jnp.arange(float(np.prod(shape))).reshape(shape)
         np.testing.assert_allclose(layer(x), x @ layer.kernel[...] + layer.bias[...], atol=1e-4)
+
+
+def test_a_feed_forward_layer_in_blocks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, weights = nnx.split(FeedForward(8, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8))
+
+    def layer(weights: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, weights)(x)
+
+    def output_and_gradients() -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        out, pull_back = jax.vjp(layer, weights, x)
+        return layer(weights, x), out, jax.tree.leaves(pull_back(jnp.sin(out)))
+
+    def in_blocks() -> bool:
+        return "scan" in str(jax.make_jaxpr(lambda *a: layer(*a))(weights, x))  # traced afresh
+
+    wanted = output_and_gradients()
+    assert not in_blocks()
+    monkeypatch.setattr(blocks, "TOKEN_BLOCK", 6)
+    assert in_blocks()
+    for found, other in zip(
+        jax.tree.leaves(output_and_gradients()), jax.tree.leaves(wanted), strict=True
+    ):
+        np.testing.assert_allclose(found, other, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(blocks, "TOKEN_BLOCK", 7)  # does not cut 24 tokens evenly
+    assert not in_blocks()
