@@ -93,10 +93,14 @@ def count(scale: float, latents: int) -> dict[str, Any]:
       What is written as JSON; operations in units of 1e9, 2 for each multiply-add.
     """
     from bootpig_jax import plain_attention
+    from bootpig_jax.models import blocks
 
     rows = []
-    # XLA counts the body of a loop once, so attention must not go block by block; nothing is run.
-    with mock.patch.object(plain_attention, "BLOCKED_FROM", float("inf")):
+    # XLA counts the body of a loop once, so nothing may go block by block; nothing is run.
+    with (
+        mock.patch.object(plain_attention, "BLOCKED_FROM", float("inf")),
+        mock.patch.object(blocks, "TOKEN_BLOCK", float("inf")),
+    ):
         for references in sorted({references for _, references in COUNTED}):
             # Literally, samples share nothing.
             literal = _operations(literal_step, scale, 1, references, latents)
