@@ -320,8 +320,9 @@ class FeedForward(nnx.Module):
     """The gated feed-forward layer (GEGLU) of a transformer block.
 
     What is between its two products is eight times as wide as the tokens. On a CPU it goes block by
-    block of tokens, so that this stays in the cache: 1.3 to 1.45 times as fast with 4096 tokens.
-    Where there is a gradient it does not, as the gradient's blocks would take longer.
+    block of tokens, so that this stays in the cache: 1.25 to 1.5 times as fast where pictures have
+    4096 tokens of 320 channels. Where there is a gradient the layer stays whole, as in blocks the
+    gradient takes up to three times as long.
     """
 
     def __init__(self, channels: int, **kwargs: Any):
