@@ -9,6 +9,7 @@ import pytest
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.errors import UserError
 from bootpig_jax.yaml_config import dump_config, load_config
+from tests.shipped_configs import assert_takes_effect
 
 BASE = """\
 model: {base: base}
@@ -179,8 +180,8 @@ TRAINING_CONFIGS = [
 
 
 @pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
-def test_shipped_training_configurations_load(path):
-    load_config(TrainConfig, path)
+def test_shipped_training_configurations_take_effect(path, tmp_path):
+    assert_takes_effect(TrainConfig, path, tmp_path / "dumped.yaml")
 
 
 def test_paper_and_release_differ_as_documented():

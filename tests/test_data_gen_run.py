@@ -19,9 +19,11 @@ from data_gen.captions import make_caption_source
 from data_gen.config import DataGenConfig, GrabCutConfig, samples_hash
 from data_gen.locks import Locked, held
 from data_gen.masks import GrabCutSegmenter, make_segmenter
+from data_gen.plan import make_plan
 from data_gen.run import WHOLE, Command, Part, parse_arguments, run
 from data_gen.shards import captions_hash, finished_shards, make_shard, shard_path
 from data_gen.stages import Rejected, Segmentation, Stages
+from tests.shipped_configs import assert_takes_effect
 
 ROOT = Path(__file__).parents[1]
 
@@ -345,9 +347,18 @@ def test_the_output_folder_cannot_be_a_file(tmp_path):
         generate(make_config(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["toyland", "paper"])
-def test_the_shipped_configurations_are_valid(name):
-    load_config(DataGenConfig, ROOT / f"configs/data_gen_{name}.yaml")
+SHIPPED = sorted((ROOT / "configs").glob("data_gen_*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_configurations_take_effect_and_can_be_planned(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing has been made yet
+    assert_takes_effect(DataGenConfig, path, tmp_path / "dumped.yaml")
+    command = parse_arguments(["--config", str(path), "--dry-run"])
+    assert command == Command(load_config(DataGenConfig, path), dry_run=True)
+    plan = make_plan(command.config, command.part.shards(command.config)).text()
+    all_of_them = f"{command.config.candidates:,}"
+    assert f"{all_of_them} of {all_of_them} left" in plan
 
 
 @pytest.mark.parametrize(
