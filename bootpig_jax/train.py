@@ -239,8 +239,7 @@ def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Con
     What was not trained is read from the base checkpoint again: in memory it may be rounded to
     bfloat16.
     """
-    averaged = state.trainable if config.ema_decay is None else state.ema
-    trained = place(averaged, jax.tree.map(lambda _: P(), averaged), mesh)
+    trained = place(state.result, jax.tree.map(lambda _: P(), state.result), mesh)
     if jax.process_index() == 0:
         allow_pickle = config.model.allow_pickle
         base = find_model(config.model.base, allow_pickle=allow_pickle)

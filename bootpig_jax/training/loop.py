@@ -30,7 +30,7 @@ from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.denoise import denoise_with_references
 from bootpig_jax.training.checkpointing import Checkpoints
-from bootpig_jax.training.metrics import MetricLogger, picture_grid, summary
+from bootpig_jax.training.metrics import MetricLogger, picture_grid
 from bootpig_jax.training.sharding import place_batch
 from bootpig_jax.training.step import (
     Batch,
@@ -139,7 +139,7 @@ def run_steps(
                 checkpoints.save(state, loader)
             if validate is not None and step % config.validation.every == 0:
                 with logger.paused():
-                    logger.scalars(step, "validation", summary(validate(state)))
+                    logger.scalars(step, "validation", validate(state))
             grid_every = config.logging.grid_every
             if draw_grid is not None and grid_every and step % grid_every == 0:
                 with logger.paused():
@@ -251,7 +251,7 @@ def make_draw_grid(
     decode = jax.jit(lambda vae, latents: vae.decode_latents(latents))
 
     def draw_grid(state: TrainState) -> UInt8[np.ndarray, "H W 3"]:
-        bootpig: BootPIG = merge_parameters(graphs.bootpig, state.trainable, frozen.unets)
+        bootpig: BootPIG = merge_parameters(graphs.bootpig, state.result, frozen.unets)
         drawn = denoise_with_references(
             bootpig.base,
             bootpig.reference,

@@ -176,6 +176,11 @@ class TrainState:
     optimizer: optax.OptState
     ema: Parameters
 
+    @property
+    def result(self) -> Parameters:
+        """What is validated, drawn with and exported: the running average where one is kept."""
+        return self.ema or self.trainable
+
 
 @dataclasses.dataclass(frozen=True)
 class Graphs:

@@ -16,12 +16,12 @@ from jaxtyping import Array
 
 from bootpig_jax.bootpig import BootPIG
 from bootpig_jax.config import TrainConfig
+from bootpig_jax.training.metrics import summary
 from bootpig_jax.training.optimizer import Parameters
 from bootpig_jax.training.step import (
     Draws,
     Frozen,
     Graphs,
-    Metrics,
     Pictures,
     TrainState,
     bootpig_loss,
@@ -32,7 +32,7 @@ from bootpig_jax.training.step import (
 
 BATCH_SIZE = 8  # samples at once, on every device
 
-Validate = Callable[[TrainState], list[dict[str, np.ndarray]]]
+Validate = Callable[[TrainState], dict[str, float]]
 
 
 def make_validation(
@@ -48,9 +48,8 @@ def make_validation(
       mesh: the devices. All compute the same.
 
     Returns:
-      A function of a state: for each batch the metrics of a training step, and `reference_share`
-      [layers], the share of the Base UNet's self-attention that goes to the reference, by layer in
-      execution order.
+      A function of a state: the `summary` of all samples, among it `reference_share`, the share of
+      the Base UNet's self-attention that goes to the reference, also by layer in execution order.
     """
     count = len(pictures.target)
     side = config.data.image_size // graphs.latent_downsampling
@@ -70,7 +69,10 @@ def make_validation(
         keep_caption=everything,
     )
 
-    def metrics(trainable: Parameters, frozen: Frozen, pictures: Pictures, draws: Draws) -> Metrics:
+    def measure(
+        trainable: Parameters, frozen: Frozen, pictures: Pictures, draws: Draws
+    ) -> tuple[Array, Array]:
+        """The losses [b], and the shares [layers, b]."""
         bootpig: BootPIG = merge_parameters(graphs.bootpig, trainable, frozen.unets)
         losses, (features, reference_features) = bootpig_loss(
             bootpig,
@@ -87,30 +89,36 @@ def make_validation(
             dtype=graphs.dtype,
         )
         shares: list[Array] = [
-            jnp.mean(attention.reference_share(f, f_ref[:, 0], config.reference_key_scale))
+            attention.reference_share(f, f_ref[:, 0], config.reference_key_scale)
             for attention, f, f_ref in zip(
                 bootpig.base.self_attentions(), features, reference_features, strict=True
             )
         ]
-        return {
-            "loss": jnp.mean(losses),
-            "skipped": jnp.zeros(()),
-            "reference_share": jnp.stack(shares),
-            **loss_by_timestep(losses, draws.t, num_timesteps),
-        }
+        return losses, jnp.stack(shares)
 
-    compiled = jax.jit(metrics, out_shardings=NamedSharding(mesh, P()))
+    compiled = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
+    size = min(BATCH_SIZE, count)
 
     def part(tree: Any, start: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[start : start + BATCH_SIZE], tree)
+        # The last part is filled up with the last sample: one program for all.
+        rows = np.minimum(np.arange(start, start + size), count - 1)
+        return jax.tree.map(lambda leaf: leaf[rows], tree)
 
-    def validate(state: TrainState) -> list[dict[str, np.ndarray]]:
-        trainable = state.trainable if config.ema_decay is None else state.ema
-        batches = [
-            compiled(trainable, frozen, part(pictures, start), part(draws, start))
-            # A rest is left out: the mean over batches counts all alike.
-            for start in range(0, max(count - BATCH_SIZE, 0) + 1, BATCH_SIZE)
+    def validate(state: TrainState) -> dict[str, float]:
+        parts = [
+            compiled(state.result, frozen, part(pictures, start), part(draws, start))
+            for start in range(0, count, size)
         ]
-        return jax.device_get(batches)
+        losses, shares = (
+            np.concatenate(one, axis=-1)[..., :count]
+            for one in zip(*jax.device_get(parts), strict=True)
+        )
+        metrics = {
+            "loss": losses.mean(),
+            "skipped": np.zeros(()),
+            "reference_share": shares.mean(axis=-1),
+            **jax.device_get(loss_by_timestep(jnp.asarray(losses), jnp.asarray(t), num_timesteps)),
+        }
+        return summary([metrics])
 
     return validate
