@@ -49,7 +49,7 @@ from bootpig_jax.training.flops import count_flops
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
 from bootpig_jax.training.metrics import MetricLogger, read_history, writing_to
 from bootpig_jax.training.model_card import model_card
-from bootpig_jax.training.optimizer import make_optimizer
+from bootpig_jax.training.optimizer import make_optimizer, updates_made
 from bootpig_jax.training.plan import plan, report
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
 from bootpig_jax.training.step import (
@@ -173,7 +173,12 @@ def train(config: TrainConfig) -> None:
             with writing_to(config.output_dir):
                 effective = dump_config(config)
                 (config.output_dir / "config.yaml").write_text(effective, encoding="utf-8")
-        with MetricLogger(config, first_step=int(state.step), active=first) as logger:
+        with MetricLogger(
+            config,
+            first_step=int(state.step),
+            first_update=updates_made(state.optimizer),
+            active=first,
+        ) as logger:
             state, complete = run_steps(
                 train_step,
                 state,

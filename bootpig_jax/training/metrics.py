@@ -41,6 +41,7 @@ class MetricLogger:
     Args:
       config: of the run.
       first_step: updates already made. What an earlier start logged beyond them is forgotten.
+      first_update: how many of them were not skipped; None: all.
       active: False on all processes but the first, which then show nothing.
 
     Attributes:
@@ -51,9 +52,17 @@ class MetricLogger:
         `output_dir` cannot be written to, here or later.
     """
 
-    def __init__(self, config: TrainConfig, *, first_step: int, active: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        first_step: int,
+        first_update: int | None = None,
+        active: bool = True,
+    ) -> None:
         """See the class."""
         self.flops: float | None = None
+        self._made = first_step if first_update is None else first_update
         self._config, self._active = config, active
         # First: it is what may fail.
         self._wandb: Any = (
@@ -118,11 +127,12 @@ class MetricLogger:
         fetched = jax.device_get(self._pending)
         now = time.perf_counter()
         seconds = now - self._since
+        self._made += sum(not update["skipped"] for update in fetched)
         scalars = summary(fetched) | {
             "images_per_second": len(fetched) * self._config.batch_size / seconds,
             "waiting_for_data": self._waited / seconds,
             **self._speed(len(fetched) / seconds),
-            **self._learning_rates(step),
+            **self._learning_rates(),
             **_memory(),
         }
         self.scalars(step, "train", scalars)
@@ -187,11 +197,13 @@ class MetricLogger:
         utilisation = {} if peak is None else {"mfu": speed / (len(devices) * peak)}
         return {"gflops_per_second": speed / 1e9, **utilisation}
 
-    def _learning_rates(self, step: int) -> dict[str, float]:
+    def _learning_rates(self) -> dict[str, float]:
         config = self._config.optimizer
+        # The last update was made with the rate after those before it. One that is skipped does not
+        # move the optimiser on; where all were, this is the rate that they would have had.
+        before = max(0, self._made - 1)
         return {
-            # Update number `step` was made with the rate after `step - 1` updates.
-            f"lr_{part}": float(learning_rate(config, peak, self._config.steps)(step - 1))
+            f"lr_{part}": float(learning_rate(config, peak, self._config.steps)(before))
             for part, peak in (("reference", config.lr_reference), ("rsa", config.lr_rsa))
         }
 
@@ -200,8 +212,8 @@ def summary(updates: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Averages the metrics of several updates.
 
     Args:
-      updates: what the step returned for each (`training.step.make_train_step`), or what a
-        validation returned for each batch.
+      updates: what the step returned for each (`training.step.make_train_step`); or the same of a
+        validation's samples (`training.validation`).
 
     Returns:
       Means over the updates that were not skipped; `loss_t<from>-<to>` for each tenth of the

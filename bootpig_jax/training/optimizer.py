@@ -65,6 +65,12 @@ def learning_rate(config: OptimizerConfig, peak: float, steps: int) -> optax.Sch
     return optax.join_schedules([warmup, rest], [config.warmup_steps])
 
 
+def updates_made(state: optax.OptState) -> int:
+    """Returns how many updates an optimiser of `make_optimizer` has made."""
+    # All of its counters agree; each UNet's AdamW has two.
+    return int(optax.tree_utils.tree_get_all_with_path(state, "count")[0][1])
+
+
 def part_of(name: str) -> str:
     """Returns the UNet that a parameter belongs to: `reference` or `base`."""
     return name.partition(".")[0]
