@@ -1,0 +1,382 @@
+"""Pictures end to end: `BootPIGPipeline`'s pixels are those of diffusers and of the equations.
+
+Each case asks for much at once: pictures that are wider than high, two prompts with two pictures
+each, a negative prompt, a seed. The noise that the other side is given is the pipeline's own.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.stable_diffusion import (
+    pipeline_stable_diffusion_img2img,
+    pipeline_stable_diffusion_inpaint,
+)
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from bootpig_jax import BootPIGPipeline
+from tests.tiny_models import Kind, save_tiny_model, torch_unet
+from tests.torch_pictures import (
+    Box,
+    Kept,
+    References,
+    TorchModel,
+    assert_same_pictures,
+    initial_noise,
+    make_scheduler,
+    on_white,
+    pasted,
+    reference_noise,
+    touched_latents,
+    view,
+)
+
+HEIGHT, WIDTH = 16, 24
+LATENTS = (HEIGHT // 2, WIDTH // 2)
+PROMPTS = ["A photo of a dog, in the snow", "12 phones of the sand..."]
+SEED = 7
+GUIDANCE: dict[str, Any] = {"negative_prompt": "the night and snow", "guidance_scale": 3.0}
+OPTIONS: dict[str, Any] = GUIDANCE | {
+    "num_images": 2,
+    "seed": SEED,
+    "height": HEIGHT,
+    "width": WIDTH,
+}
+Folders = Callable[[Kind], tuple[Path, Path]]
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """On arrays this small, more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A model's folder, and one with a Base and a Reference UNet as training changes them."""
+
+    @functools.cache
+    def save(kind: Kind) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(kind)
+        generator = torch.Generator().manual_seed(1)
+        for network in ("base_unet", "ref_unet"):
+            unet = torch_unet(kind)
+            with torch.no_grad():
+                for name, parameter in unet.named_parameters():
+                    if network == "ref_unet" or ".attn1." in name:
+                        noise = torch.randn(parameter.shape, generator=generator)
+                        parameter.add_(0.3 * parameter.std() * noise)
+            unet.save_pretrained(folder / "bootpig" / network)
+        return save_tiny_model(folder / "model", kind), folder / "bootpig"
+
+    return save
+
+
+@pytest.fixture
+def given_noise(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The pipeline's noise, which is also what diffusers draws; it encodes pictures to the mean."""
+    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS).float()
+    for module in (pipeline_stable_diffusion_img2img, pipeline_stable_diffusion_inpaint):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: noise.reshape(shape))
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _: self.mean)
+    return noise
+
+
+def drawn_by_diffusers(
+    pipeline: type, folder: Path, solver: str, **options: Any
+) -> list[np.ndarray]:
+    parts = {
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+        "unet": UNet2DConditionModel,
+    }
+    stock = pipeline(
+        **{name: part.from_pretrained(folder / name) for name, part in parts.items()},
+        scheduler=make_scheduler(folder, solver),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    negative = [options.pop("negative_prompt")] * len(PROMPTS)
+    drawn = stock(PROMPTS, negative_prompt=negative, num_images_per_prompt=2, **options)
+    return [np.asarray(image) for image in drawn.images]
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [
+        ("sd15", "unipc"),
+        ("sd15", "ddim"),
+        ("sd21base", "dpmpp_2m"),
+        ("sd21", "euler"),
+    ],
+)
+def test_text_to_image_equals_diffusers(
+    folders: Folders, given_noise: torch.Tensor, kind: Kind, solver: str
+) -> None:
+    folder, _ = folders(kind)
+    ours = BootPIGPipeline.from_pretrained(folder)(
+        PROMPTS, solver=solver, num_inference_steps=3, **OPTIONS
+    )
+    theirs = drawn_by_diffusers(
+        StableDiffusionPipeline,
+        folder,
+        solver,
+        latents=given_noise,
+        num_inference_steps=3,
+        height=HEIGHT,
+        width=WIDTH,
+        **GUIDANCE,
+    )
+    assert_same_pictures(ours, theirs)
+
+
+# Each takes three steps, so that a kind of solver is compiled once.
+STRENGTHS = [(10, 0.3), (5, 0.6), (4, 0.95)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [("sd15", "euler"), ("sd21base", "unipc"), ("sd21base", "ddim"), ("sd21", "dpmpp_2m")],
+)
+def test_image_to_image_equals_diffusers(
+    folders: Folders, given_noise: torch.Tensor, kind: Kind, solver: str
+) -> None:
+    folder, _ = folders(kind)
+    pipeline = BootPIGPipeline.from_pretrained(folder)
+    image = Image.fromarray(picture(0, 50, 60))
+    # The largest part of it that has the model's shape, from its middle.
+    seen = image.crop((0, 5, 60, 45)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    for steps, strength in STRENGTHS:
+        how: dict[str, Any] = {"num_inference_steps": steps, "strength": strength}
+        ours = pipeline(PROMPTS, image=image, solver=solver, **how, **OPTIONS)
+        theirs = drawn_by_diffusers(
+            StableDiffusionImg2ImgPipeline, folder, solver, image=[seen] * 4, **how, **GUIDANCE
+        )
+        assert_same_pictures(ours, theirs)
+
+
+def test_inpainting_equals_diffusers_where_the_mask_follows_the_latents(
+    folders: Folders, given_noise: torch.Tensor
+) -> None:
+    folder, _ = folders("sd21")
+    image = picture(1, HEIGHT, WIDTH)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[2:12, 4:22] = mask[12:16, 10:14] = True
+    pictures: dict[str, Any] = {"image": Image.fromarray(image)}
+    how: dict[str, Any] = {"num_inference_steps": 5, "strength": 0.6}
+    ours = BootPIGPipeline.from_pretrained(folder)(
+        PROMPTS, mask=Image.fromarray(mask), solver="euler", **pictures, **how, **OPTIONS
+    )
+    theirs = drawn_by_diffusers(
+        StableDiffusionInpaintPipeline,
+        folder,
+        "euler",
+        mask_image=Image.fromarray(mask),
+        height=HEIGHT,
+        width=WIDTH,
+        **pictures,
+        **how,
+        **GUIDANCE,
+    )
+    window = (0, 0, HEIGHT, WIDTH)
+    assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
+
+
+# A mask in a picture, and what the model is to see: twice the mask's height and width, but not over
+# the picture's right edge; and a mask that no window in the picture holds.
+MASKED: dict[str, tuple[tuple[int, int], Box, Box]] = {
+    "in a corner": ((46, 60), (30, 44, 10, 14), (25, 30, 20, 30)),
+    "as wide as the picture": ((20, 60), (5, 2, 9, 56), (-9, 2, 37, 56)),
+}
+
+
+def masked(name: str) -> tuple[np.ndarray, np.ndarray, Box]:
+    """A picture, a mask with a bay and a single pixel, and the window."""
+    shape, (top, left, height, width), window = MASKED[name]
+    mask = np.zeros(shape, bool)
+    mask[top : top + height, left : left + width] = True
+    mask[top : top + 3, left + 4 : left + width] = False
+    mask[top, left + width - 1] = True
+    return picture(2, *shape), mask, window
+
+
+def test_inpainting_equals_a_literal_loop(folders: Folders) -> None:
+    folder, bootpig = folders("sd15")
+    pipeline = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)
+    model = TorchModel.load(folder, bootpig)
+    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS)
+    for name in MASKED:
+        image, mask, window = masked(name)
+        ours = pipeline(
+            PROMPTS,
+            image=Image.fromarray(image),
+            mask=Image.fromarray(mask),
+            solver="dpmpp_2m",
+            num_inference_steps=3,
+            **OPTIONS,
+        )
+        kept = Kept(
+            model.encode(view(image, window, HEIGHT, WIDTH)),
+            touched_latents(mask, window, *LATENTS),
+        )
+        theirs = [
+            model.draw(row, prompt, solver="dpmpp_2m", steps=3, kept=kept, **GUIDANCE)
+            for row, prompt in zip(noise, np.repeat(PROMPTS, 2), strict=True)
+        ]
+        assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
+        for found in ours:
+            np.testing.assert_array_equal(np.asarray(found)[~mask], image[~mask])
+
+
+def test_inpainting_with_references_equals_a_literal_loop(folders: Folders) -> None:
+    """Clean references, a caption of their own, and a picture that shows through."""
+    folder, bootpig = folders("sd15")
+    image, mask, window = masked("in a corner")
+    reference, seen = transparent()
+    how: dict[str, Any] = {"solver": "ddim", "strength": 0.6}
+    ours = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)(
+        PROMPTS,
+        [reference],
+        image=Image.fromarray(image),
+        mask=Image.fromarray(mask),
+        image_guidance_scale=2.0,
+        reference_timestep=0,
+        reference_caption="a phone",
+        num_inference_steps=5,
+        **how,
+        **OPTIONS,
+    )
+    model = TorchModel.load(folder, bootpig)
+    theirs = [
+        model.draw(
+            noise,
+            prompt,
+            references=References(model.encode(seen)[None], None, "a phone", 2.0),
+            kept=Kept(
+                model.encode(view(image, window, HEIGHT, WIDTH)),
+                touched_latents(mask, window, *LATENTS),
+            ),
+            steps=5,
+            **how,
+            **GUIDANCE,
+        )
+        for noise, prompt in zip(
+            initial_noise(SEED, len(PROMPTS), 2, *LATENTS), np.repeat(PROMPTS, 2), strict=True
+        )
+    ]
+    assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
+
+
+# Users' pictures of a subject, each with what the Reference UNet has to see.
+
+
+def transparent() -> tuple[Image.Image, np.ndarray]:
+    """With an alpha channel, soft here and there."""
+    rgb, opacity = picture(3, 40, 30), np.zeros((40, 30), np.uint8)
+    opacity[5:22, 4:27] = 255
+    opacity[9:13, 8:20] = 102
+    opacity[16:22, 4:9] = 0
+    a = opacity[..., None] / 255
+    on_canvas = np.rint(rgb * a + 255 * (1 - a)).astype(np.uint8)
+    image = Image.fromarray(np.dstack([rgb, opacity]))
+    return image, on_white(on_canvas[5:22, 4:27], HEIGHT, WIDTH)
+
+
+def before_a_plain_background() -> tuple[Image.Image, np.ndarray]:
+    """The background shows through a hole in the subject, and stays there."""
+    rng = np.random.default_rng(4)
+    rgb = (np.array([40, 90, 160]) + rng.integers(-8, 9, (50, 70, 3))).astype(np.uint8)
+    shape = np.zeros((50, 70), bool)
+    shape[12:41, 20:33] = shape[30:41, 20:60] = True
+    hole = np.zeros_like(shape)
+    hole[33:37, 40:50] = True
+    rgb[shape & ~hole] = rng.integers(190, 256, (50, 70, 3))[shape & ~hole]
+    cut = np.where(shape[..., None], rgb, 255).astype(np.uint8)
+    return Image.fromarray(rgb), on_white(cut[12:41, 20:60], HEIGHT, WIDTH)
+
+
+def grey_and_turned_by_the_camera() -> tuple[Image.Image, np.ndarray]:
+    upright = np.full((60, 45), 250, np.uint8)
+    upright[10:38, 7:20] = np.random.default_rng(5).integers(0, 200, (28, 13))
+    image = Image.fromarray(np.rot90(upright))
+    image.getexif()[0x0112] = 6  # to be turned clockwise
+    return image, on_white(np.repeat(upright[10:38, 7:20, None], 3, axis=2), HEIGHT, WIDTH)
+
+
+PICTURES = (transparent, before_a_plain_background, grey_and_turned_by_the_camera)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sets", "options"),
+    [
+        ("sd21", [PICTURES[1:2], PICTURES[2:]], {"reference_caption": "first_clause"}),
+        ("sd21base", [PICTURES, PICTURES], {"reference_scale": 1.1}),
+    ],
+    ids=["one of each subject", "three of one subject"],
+)
+def test_references_to_pixels_equal_the_equations(
+    folders: Folders, kind: Kind, sets: Any, options: dict[str, Any]
+) -> None:
+    """As in the paper: references that are noised afresh at each step, UniPC, Eq. 4."""
+    folder, bootpig = folders(kind)
+    steps, k = 3, len(sets[0])
+    shots = [[take() for take in subject] for subject in sets]
+    images = [[image for image, _ in subject] for subject in shots]
+    ours = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)(
+        PROMPTS,
+        images if sets[0] != sets[1] else images[0],
+        image_guidance_scale=2.0,
+        num_inference_steps=steps,
+        **options,
+        **OPTIONS,
+    )
+    model = TorchModel.load(folder, bootpig)
+    captions = PROMPTS if "reference_caption" not in options else ["A photo of a dog", PROMPTS[1]]
+    references = [
+        References(
+            torch.stack([model.encode(seen) for _, seen in subject]),
+            reference_noise(SEED, p, steps, k, *LATENTS),
+            captions[p],
+            image_guidance_scale=2.0,
+            key_scale=options.get("reference_scale", 1.0),
+        )
+        for p, subject in enumerate(shots)
+    ]
+    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS)
+    theirs = [
+        model.draw(
+            noise[2 * p + j],
+            prompt,
+            solver="unipc",
+            steps=steps,
+            references=references[p],
+            **GUIDANCE,
+        )
+        for p, prompt in enumerate(PROMPTS)
+        for j in range(2)
+    ]
+    assert_same_pictures(ours, theirs)
