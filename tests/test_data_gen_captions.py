@@ -12,14 +12,15 @@ from bootpig_jax.yaml_config import load_config
 from data_gen import vocabulary
 from data_gen.captions import (
     MAX_CAPTION,
+    MAX_OBJECT,
     CaptionStatistics,
     caption_statistics,
     make_caption_source,
     parse_caption,
 )
 from data_gen.config import DataGenConfig, samples_hash
-from data_gen.grammar import GrammarSource, OpenWorldGrammar, ToylandGrammar, permuted
-from data_gen.stages import Caption
+from data_gen.grammar import GrammarSource, OpenWorldGrammar, Production, ToylandGrammar, permuted
+from data_gen.stages import Caption, picture_seed
 
 
 def make_config(folder="out", **captions):
@@ -67,6 +68,20 @@ def test_grammar_numbers_all_sentences():
         grammar.sentence(len(grammar))
 
 
+def test_sentences_are_counted_scene_by_scene():
+    production = Production(
+        ("red", "blue"), ("cup", "hat"), ("lying", "standing"), ("here", "there")
+    )
+    assert [production.sentence(n).text for n in (0, 1, 2, 4, 8)] == [
+        "A photo of a red cup, lying here",
+        "A photo of a red cup, lying there",
+        "A photo of a red cup, standing here",
+        "A photo of a red hat, lying here",
+        "A photo of a blue cup, lying here",
+    ]
+    assert len({production.sentence(n) for n in range(len(production))}) == len(production) == 16
+
+
 @pytest.mark.parametrize(
     "name",
     ["THINGS", "ANIMALS", "THING_ATTRIBUTES", "ANIMAL_ATTRIBUTES", "THING_POSITIONS",
@@ -98,6 +113,11 @@ def test_a_caption_depends_on_seed_and_index_alone():
     one, other = (grammar_source("open_world", seed) for seed in (0, 1))
     assert one.captions([7])[0] == one.captions(range(5, 10))[2]
     assert one.captions([7]) != other.captions([7])
+
+
+def test_no_two_pictures_share_a_seed():
+    """Neither of one run nor of neighbouring runs."""
+    assert len({picture_seed(run, index) for run in range(10) for index in range(100)}) == 1000
 
 
 def test_a_grammar_is_always_complete():
@@ -142,6 +162,8 @@ def test_captions_off_the_form_are_refused(text, message):
         ("A photo of an old  clock, on\u00a0a wall", "old clock"),
         ("A photo of a ../../etc/x, on a table", "../../etc/x"),
         ("A photo of a cafe\u0301 sign, in the rain", "caf\u00e9 sign"),
+        ("A photo of a cup, ".ljust(MAX_CAPTION, "x"), "cup"),
+        (f"A photo of a {'c' * MAX_OBJECT}, on it", "c" * MAX_OBJECT),
     ],
 )  # fmt: skip
 def test_the_object_is_what_stands_before_the_first_comma(text, name):
@@ -206,6 +228,7 @@ def test_a_file_that_names_the_object_may_hold_any_caption(tmp_path):
         ("c.jsonl", '{"caption": "a dog", "object": 3}', 'c.jsonl:1: has an "object"'),
         ("c.jsonl", '{"caption": "a dog", "objekt": "dog"}', "has the key 'objekt'"),
         ("c.jsonl", "[" * 100_000, "c.jsonl:1: not a JSON object"),
+        ("c.jsonl", '{"caption": "a\u2028b", "object": "b"}', "c.jsonl:1: .* control characters"),
     ],
 )
 def test_bad_files_of_captions_are_one_line_with_the_place(tmp_path, name, text, message):

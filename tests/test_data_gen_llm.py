@@ -647,6 +647,14 @@ def test_lines_may_stand_in_any_order_or_twice(model, tmp_path):
     assert make_source(model, tmp_path).captions(range(6)) == first
 
 
+def test_of_two_answers_to_one_call_the_first_counts(model, tmp_path):
+    first = all_captions(model, tmp_path)
+    lines = journal_lines(tmp_path)
+    again = json.loads(lines[0]) | {"answer": "A photo of a later answer, in the journal"}
+    (tmp_path / "captions.jsonl").write_bytes(b"".join([*lines, json.dumps(again).encode(), b"\n"]))
+    assert make_source(model, tmp_path).captions(range(6)) == first
+
+
 def test_a_missing_call_is_asked_again(model, tmp_path):
     first = all_captions(model, tmp_path, concurrency=1)
     lines = journal_lines(tmp_path)

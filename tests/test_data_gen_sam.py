@@ -131,6 +131,18 @@ def test_only_the_pictures_with_a_box_are_cut_out(models):
             assert (one.mask != other.mask).mean() < 0.02
 
 
+def test_a_score_is_the_boxs_times_the_predicted_iou_in_its_range(models, monkeypatch):
+    from data_gen.grounded_sam import Box
+
+    segmenter = make_segmenter(config(models, "grounded_sam"))
+    boxes = [Box(np.array([0, 0, 9, 9], np.float32), 0.5)] * 3
+    monkeypatch.setattr(segmenter._detector, "find", lambda pictures, objects: boxes)
+    cut = [(np.ones((64, 64), bool), iou) for iou in (0.8, 1.2, -0.1)]
+    monkeypatch.setattr(segmenter._cutter, "cut", lambda pictures, boxes: cut)
+    found = segmenter.segment(pictures()[:3], WORDS[:3], range(3))
+    assert [one.score for one in found] == [0.4, 0.5, 0.0]
+
+
 @pytest.mark.parametrize("picture", pictures()[4:])
 def test_segment_anything_cuts_as_its_own_predictor(models, picture):
     from segment_anything import SamPredictor

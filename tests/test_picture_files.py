@@ -203,6 +203,19 @@ def test_transparent_palettes_and_keyed_colours_are_white(tmp_path):
     assert (read_one(tmp_path, encoded(rgb, "PNG", transparency=(1, 2, 3))) == 255).all()
 
 
+def test_16_bits_are_rounded_to_8():
+    deep = np.array([[0, 128, 129, 65_406, 65_407, 65_535]], np.uint16)
+    rgb, alpha = to_rgb(Image.fromarray(deep))
+    np.testing.assert_array_equal(rgb[0, :, 1], [0, 0, 1, 254, 255, 255])
+    assert alpha is None
+
+
+def test_the_alpha_channel_is_handed_over_as_it_is():
+    rgba = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 4), np.uint8)
+    _, alpha = to_rgb(Image.fromarray(rgba))
+    np.testing.assert_array_equal(alpha, rgba[..., 3])
+
+
 def test_damaged_exif_is_ignored(tmp_path):
     data = encoded(gradient(), "JPEG", quality=100, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert isinstance(read_one(tmp_path, data), np.ndarray)
@@ -229,6 +242,7 @@ def test_the_size_and_shape_asked_for_are_configuration(tmp_path):
     wide = encoded(gradient(96, 24), "PNG")
     assert read_one(tmp_path, wide) == Rejected("too_long")
     assert isinstance(read_one(tmp_path, wide, max_aspect=4.0), np.ndarray)
+    assert isinstance(read_one(tmp_path, wide, max_aspect=4.0, min_side=24), np.ndarray)
     assert read_one(tmp_path, wide, max_aspect=4.0, min_side=25) == Rejected("low_resolution")
     assert read_one(tmp_path, wide, max_aspect=4.0, output_size=8).shape == (8, 8, 3)
 
@@ -274,5 +288,6 @@ def test_an_error_says_what_is_wrong_in_one_line(tmp_path):
     with pytest.raises(PictureError, match=r"^cannot be read \(") as error:
         open_picture(path)
     assert "\n" not in str(error.value)
-    with pytest.raises(PictureError, match="colours of the kind F"):
-        to_rgb(Image.new("F", (8, 8)))
+    for mode in ("F", "HSV", "LAB"):
+        with pytest.raises(PictureError, match=f"colours of the kind {mode}"):
+            to_rgb(Image.new(mode, (8, 8)))
