@@ -24,7 +24,7 @@ WEIGHTS := bootpig_jax/toyland/weights
 quickstart toyland reproduce app: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736:glibc.malloc.trim_threshold=68719476736
 quickstart toyland reproduce app: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
 
-.PHONY: install quickstart app toyland reproduce test test-tfds test-long torture bench-train bench-sample lint typecheck format clean
+.PHONY: install quickstart app toyland reproduce test test-tfds test-long mutants torture bench-train bench-sample lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -76,6 +76,11 @@ $(INSTALLED_TF): constraints-tf.txt
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m "long and not torture" -n $(WORKERS) --dist loadfile -rP
+
+# Plants small faults in a copy of the project, one after the other: do the tests find them? Goes on
+# where it was stopped.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants --workers $(WORKERS)
 
 # All promises about runs that are killed, damaged or fed badly, as a table; the kills ten times as
 # often as in test-long. More than an hour.
