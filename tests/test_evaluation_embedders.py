@@ -22,6 +22,7 @@ from bootpig_jax.evaluation.embedders import (
     Preprocessing,
     TorchEmbedder,
     embed_pictures,
+    hash_tensors,
     load_embedder,
     preprocess,
 )
@@ -127,6 +128,12 @@ def test_preprocessing(size: tuple[int, int], how: Preprocessing) -> None:
     np.testing.assert_allclose(found, theirs, atol=1e-3)
 
 
+def test_half_a_pixel_is_cropped_as_torchvision_does() -> None:
+    """Of 111 pixels too many, 56 are cut off before: Python rounds a half to the even number."""
+    pixels = fixed_picture(224, 335)
+    np.testing.assert_allclose(preprocess(pixels, CLIP), recompute(pixels, CLIP), atol=1e-3)
+
+
 def test_published_preprocessing() -> None:
     from bootpig_jax.evaluation.embedders import _preprocessing
 
@@ -196,6 +203,19 @@ def test_pickled_weights(tmp_path: Path, dino: TorchEmbedder) -> None:
         load_embedder("dino", str(folder))
     pickled = load_embedder("dino", str(folder), allow_pickle=True)
     assert pickled.card.sha256 == dino.card.sha256  # the same weights
+
+
+def test_the_hash_is_of_names_values_and_use() -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2)}
+    changed = [
+        tensors | {"b": torch.tensor([0.0, 1e-7])},
+        tensors | {"a": tensors["a"].reshape(3, 2)},
+        tensors | {"b": torch.zeros(2, dtype=torch.int32)},
+        {"a": tensors["a"], "c": tensors["b"]},
+    ]
+    hashes = [hash_tensors(one) for one in (tensors, *changed)] + [hash_tensors(tensors, "use")]
+    assert len(set(hashes)) == 6
+    assert hash_tensors(dict(reversed(tensors.items()))) == hashes[0]
 
 
 def test_models_that_are_not_what_they_should_be(
@@ -281,6 +301,10 @@ def test_cache(dino: TorchEmbedder, tmp_path: Path) -> None:
     counting.card = counting.card.model_copy(update={"sha256": "other"})
     embed_pictures(counting, files, cache=cache)
     assert counting.count == 12
+    other_size = dino.card.preprocessing.model_copy(update={"resize": 60})
+    counting.card = dino.card.model_copy(update={"preprocessing": other_size})
+    embed_pictures(counting, files, cache=cache)
+    assert counting.count == 16
     # A damaged file is computed again.
     for path in tmp_path.rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:-3])
@@ -289,7 +313,7 @@ def test_cache(dino: TorchEmbedder, tmp_path: Path) -> None:
         np.stack(embed_pictures(counting, files, cache=cache)),  # type: ignore[arg-type]
         np.stack(found),  # type: ignore[arg-type]
     )
-    assert counting.count == 16
+    assert counting.count == 20
     assert not list(tmp_path.rglob("*.tmp"))
 
 

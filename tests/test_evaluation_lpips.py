@@ -103,6 +103,12 @@ def test_diversity_is_the_mean_distance_to_the_others(
     assert "LPIPS diversity" in {row.name for table in report.tables for row in table.rows}
 
 
+def test_the_network_sees_colours_from_minus_one_to_one() -> None:
+    for level, expected in ((0, -1), (255, 1)):
+        pixels = np.full((256, 256, 3), level, np.uint8)
+        np.testing.assert_allclose(preprocess(pixels, PREPROCESSING), expected, atol=1e-6)
+
+
 def test_what_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_dreambooth(tmp_path / "dataset")
     how = ["score", "--dataset", "dreambooth", "--data", str(data), "--output", "x.json", "--lpips"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bootpig_jax import evaluate
 from bootpig_jax.errors import UserError
-from bootpig_jax.evaluation.datasets import Dataset, open_dataset
+from bootpig_jax.evaluation.datasets import Dataset, Reference, Subject, open_dataset
 from bootpig_jax.evaluation.embedders import (
     EmbeddingCache,
     ModelCard,
@@ -136,6 +136,11 @@ def test_figures_equal_plain_numpy(dataset: Dataset, pictures: Path, tmp_path: P
     assert summary["CLIP-I"].pictures == 24
     low, high = summary["CLIP-I"].interval or (0, 0)
     assert min(image) <= low <= summary["CLIP-I"].mean <= high <= max(image)
+    # Diversity: the two pictures of each prompt, compared with each other alone.
+    for one in found.pictures:
+        folder = (pictures / one.file).parent
+        first, second = (embed(embedder, path.read_bytes()) for path in sorted(folder.iterdir()))
+        assert one.values["CLIP-I diversity"] == pytest.approx(1 - first @ second, abs=1e-6)
     # The gallery: all four subjects, as there are fewer than 16.
     right = []
     for one in found.pictures:
@@ -148,6 +153,43 @@ def test_figures_equal_plain_numpy(dataset: Dataset, pictures: Path, tmp_path: P
     path = tmp_path / "scores.json"
     path.write_text(dump_scores(found))
     assert read_scores(path) == found
+
+
+class MeanColour(Projection):
+    """A picture's mean colour."""
+
+    def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels.mean(axis=(2, 3))
+
+
+def of_colour(*colour: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), colour)
+
+
+def test_a_subjects_place_in_a_gallery_is_a_direction(tmp_path: Path) -> None:
+    """Pictures that differ have a short mean: as it is, it would lie far from all others."""
+    colours = {
+        "many": [(250, 0, 0), (0, 250, 0), (0, 0, 250)],
+        "one": [(250, 100, 50), (250, 100, 50), (250, 100, 50)],
+    }
+    subjects = [
+        Subject(
+            name,
+            "thing",
+            tuple(Reference(f"{n}.png", png(of_colour(*one))) for n, one in enumerate(listed)),
+            ("a thing",),
+        )
+        for name, listed in colours.items()
+    ]
+    for name in colours:
+        (tmp_path / name / "0").mkdir(parents=True)
+        of_colour(200, 200, 100).save(tmp_path / name / "0" / "a.png")  # cosines 0.96 and 0.91
+    of_colour(200, 200, 100).save(tmp_path / "many" / "0" / "b.png")
+    found = score(Dataset("folder", tuple(subjects)), tmp_path, [MeanColour(text_label=None)])
+    right = {one.file: one.values["CLIP-I subject@2"] for one in found.pictures}
+    assert right == {"many/0/a.png": 1.0, "many/0/b.png": 1.0, "one/0/a.png": 0.0}
+    # However many pictures a subject has, it counts once.
+    assert found.summary["CLIP-I subject@2"].mean == 0.5
 
 
 def test_order_batches_and_workers_change_nothing(
