@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bootpig_jax.errors import UserError
-from bootpig_jax.evaluation.datasets import open_dataset, parse_prompts_and_classes
+from bootpig_jax.evaluation.datasets import fill_template, open_dataset, parse_prompts_and_classes
 from bootpig_jax.evaluation.files import read_source
 from tests.evaluation_folders import picture, prompts_and_classes, write_dreambooth
 
@@ -35,6 +35,12 @@ def test_dreambooth_as_published(tmp_path: Path) -> None:
     assert open_dataset("dreambooth", folder.parent).fingerprint() == before
     (folder / "dog" / "01.jpg").write_bytes((folder / "dog" / "00.jpg").read_bytes())
     assert open_dataset("dreambooth", folder).fingerprint() != before
+
+
+def test_the_unique_token_stays_empty_wherever_it_stands() -> None:
+    assert fill_template("a {0} {1} in the snow", "dog") == "a dog in the snow"
+    assert fill_template("a {1} drawn as {0} art", "dog") == "a dog drawn as art"
+    assert fill_template("a {1}", "stuffed animal") == "a stuffed animal"
 
 
 def test_nothing_in_the_text_file_is_run(tmp_path: Path) -> None:

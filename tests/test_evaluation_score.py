@@ -308,6 +308,13 @@ def test_a_limit_leaves_the_rest_aside(dataset: Dataset, pictures: Path) -> None
     }
 
 
+def test_another_model_is_another_protocol(dataset: Dataset, pictures: Path) -> None:
+    card = score(dataset, pictures, [Projection()]).card
+    for change, different in (({"source": "y"}, []), ({"sha256": "x"}, ["models.CLIP-I.sha256"])):
+        model = card.models["CLIP-I"].model_copy(update=change)
+        assert differences(card, card.model_copy(update={"models": {"CLIP-I": model}})) == different
+
+
 def test_copies_are_suspected(dataset: Dataset, pictures: Path) -> None:
     copied = pictures / "dog" / "00" / "01.png"
     source = dataset.subjects[2].references[2].source
