@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from bootpig_jax.models import blocks
-from bootpig_jax.models.blocks import FeedForward, Linear, conv3x3
+from bootpig_jax.models.blocks import FeedForward, GroupNorm, Linear, conv3x3
 
 
 @pytest.mark.parametrize("side", [2, 8], ids=["few positions", "many positions"])
@@ -35,6 +36,19 @@ def test_convolutions_have_the_plain_gradient(side: int, strides: int) -> None:
     cotangent = jax.random.normal(jax.random.key(2), wanted.shape)
     for mine, other in zip(found_gradients(cotangent), wanted_gradients(cotangent), strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])
+def test_group_norms_equal_pytorchs(scale: float) -> None:
+    """... also where a group's variance is below epsilon, or is nothing at all."""
+    norm = GroupNorm(8, 2, 1e-5, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = jnp.arange(8.0) + 1, jnp.arange(8.0)
+    x = 0.5 + scale * np.random.default_rng(0).standard_normal((2, 8, 3, 5), np.float32)
+    expected = torch.nn.functional.group_norm(
+        torch.from_numpy(x), 2, torch.arange(8.0) + 1, torch.arange(8.0), eps=1e-5
+    )
+    found = norm(jnp.asarray(x.transpose(0, 2, 3, 1))).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_linear_layers_take_any_number_of_axes() -> None:

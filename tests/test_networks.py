@@ -20,16 +20,20 @@ from bootpig_jax.bootpig import dead_tail
 from bootpig_jax.checkpoints.diffusers import (
     StableDiffusion,
     diffusers_name,
+    load_network,
     load_stable_diffusion,
     load_unet,
     parameter_count,
+    save_network,
     save_unet,
+    to_torch_layout,
 )
 from bootpig_jax.errors import UserError
 from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
-from tests.tiny_models import KINDS, Kind, save_tiny_model
+from bootpig_jax.models.vae import VAE, VAEConfig
+from tests.tiny_models import KINDS, Kind, save_tiny_model, torch_unet, torch_vae
 
 TOLERANCE = 1e-4
 
@@ -119,6 +123,38 @@ def test_vae_halves_match_diffusers(folder: Path, ours: StableDiffusion) -> None
     )
 
 
+def test_log_variances_are_cut_off_as_diffusers_does(tmp_path: Path) -> None:
+    theirs = torch_vae()
+    with torch.no_grad():
+        theirs.quant_conv.bias[4:] = torch.tensor([-60.0, -25.0, 15.0, 60.0])
+    theirs.save_pretrained(tmp_path)
+    images = random(6, 1, 16, 16, 3)
+    _, log_variance = run(load_network(tmp_path, VAE, VAEConfig).encode, images)
+    expected = theirs.encode(nchw(images)).latent_dist.logvar.detach()
+    assert float(expected.min()) == -30 and float(expected.max()) == 20
+    assert relative_error(log_variance.transpose(0, 3, 1, 2), expected) <= TOLERANCE
+
+
+def test_every_norm_has_their_epsilon(folder: Path, ours: StableDiffusion) -> None:
+    """No output tells 1e-5 from 1e-6 where variances are near 1."""
+    for network, theirs in (
+        (ours.unet, UNet2DConditionModel.from_pretrained(folder / "unet")),
+        (ours.vae, AutoencoderKL.from_pretrained(folder / "vae")),
+        (ours.text_encoder, CLIPTextModel.from_pretrained(folder / "text_encoder")),
+    ):
+        found = {
+            diffusers_name((*path, "scale")).removesuffix(".weight"): module.epsilon
+            for path, module in nnx.iter_modules(network)
+            if hasattr(module, "epsilon")
+        }
+        expected = {
+            name.removeprefix("text_model."): module.eps
+            for name, module in theirs.named_modules()
+            if hasattr(module, "eps")
+        }
+        assert {name.removeprefix("text_model."): eps for name, eps in found.items()} == expected
+
+
 def test_text_encoder_reads_captions_as_transformers_does(
     folder: Path, ours: StableDiffusion
 ) -> None:
@@ -148,6 +184,54 @@ def test_saved_unet_is_what_diffusers_saved(
     for name in saved:
         np.testing.assert_array_equal(saved[name], original[name], name)
     UNet2DConditionModel.from_pretrained(tmp_path)  # raises where the sizes do not fit
+    save_unet(tmp_path, ours.unet, np.float16)
+    assert {array.dtype for array in load_file(tmp_path / file).values()} == {np.dtype(np.float16)}
+
+
+def test_a_saved_vae_is_what_diffusers_saved(tmp_path: Path) -> None:
+    theirs = torch_vae()
+    theirs.save_pretrained(tmp_path / "theirs")
+    vae = load_network(tmp_path / "theirs", VAE, VAEConfig)
+    save_network(tmp_path / "ours", vae, "AutoencoderKL", "diffusion_pytorch_model")
+    loaded = AutoencoderKL.from_pretrained(tmp_path / "ours").state_dict()
+    assert loaded.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def parameters(unet: UNet) -> dict[str, np.ndarray]:
+    return {
+        diffusers_name(path): to_torch_layout(np.asarray(leaf[...]), path)
+        for path, leaf in nnx.to_flat_state(nnx.state(unet, nnx.Param))
+    }
+
+
+def test_full_precision_is_preferred_and_a_model_in_several_files_joined(tmp_path: Path) -> None:
+    stem = tmp_path / "diffusion_pytorch_model"
+    torch_unet("sd15").save_pretrained(tmp_path)
+    whole = load_file(f"{stem}.safetensors")
+    half = {name: array.astype(np.float16) for name, array in whole.items()}
+    save_file(half, f"{stem}.fp16.safetensors", {"format": "pt"})
+
+    def assert_loads(expected: dict[str, np.ndarray]) -> None:
+        loaded = parameters(load_unet(tmp_path))
+        assert loaded.keys() == expected.keys()
+        for name, array in loaded.items():
+            assert array.dtype == np.float32  # whatever the file's
+            np.testing.assert_array_equal(array, expected[name].astype(np.float32), name)
+
+    assert_loads(whole)
+    Path(f"{stem}.safetensors").unlink()
+    weight_map = {}
+    for part, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2])):
+        file = f"diffusion_pytorch_model-{part}.safetensors"
+        save_file({name: whole[name] for name in names}, tmp_path / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = Path(f"{stem}.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert_loads(whole)
+    index.unlink()
+    assert_loads(half)
 
 
 def rename(path: Path, new_name: dict[str, str]) -> None:
@@ -195,6 +279,16 @@ def test_a_tensor_of_the_wrong_shape_is_named(folder: Path, tmp_path: Path) -> N
     (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, "cross_attention_dim": 8}))
     with pytest.raises(UserError, match=r"attn2\.to_k\.weight has the shape \(\d+, 24\)"):
         load_unet(tmp_path / "unet")
+
+
+def test_a_tensor_of_as_many_values_is_refused_all_the_same(tmp_path: Path) -> None:
+    torch_unet("sd15").save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
+    save_file(tensors | {name: np.ascontiguousarray(tensors[name].T)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"attn2\.to_k\.weight has the shape \(24, \d+\)"):
+        load_unet(tmp_path)
 
 
 def test_an_unknown_architecture_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from bootpig_jax.data import records
 from bootpig_jax.data.records import Record, ShardReader
@@ -182,6 +184,21 @@ def test_picture_keeps_its_colours_at_full_chroma_resolution() -> None:
     assert np.abs(decoded.astype(int) - picture).max() <= 12
 
 
+def test_pictures_are_jpegs_of_quality_95() -> None:
+    data = records.encode_picture(np.zeros((32, 32, 3), np.uint8))
+    theirs = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(theirs, "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).quantization == Image.open(theirs).quantization
+
+
+def test_a_stored_picture_lies_as_its_mask_does_whatever_its_exif_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(file, "JPEG", exif=exif)
+    assert records.decode_picture(file.getvalue()).shape == (20, 40, 3)
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture"])
 def test_broken_pictures_are_refused(data: bytes) -> None:
     with pytest.raises(UserError, match="feature 'target' is not a picture"):
@@ -198,8 +215,8 @@ def test_masks_of_more_than_one_bit_are_refused() -> None:
 
 def test_bounding_box() -> None:
     mask = np.zeros((10, 20), bool)
-    mask[2:5, 4:10] = True
-    assert records.bounding_box(mask) == (0.2, 0.2, 0.5, 0.5)
+    mask[1:5, 4:14] = True
+    assert records.bounding_box(mask) == (0.1, 0.2, 0.5, 0.7)
     with pytest.raises(ValueError, match="empty"):
         records.bounding_box(np.zeros((4, 4), bool))
 
