@@ -141,6 +141,17 @@ def test_the_seam_is_blended_inside_the_mask() -> None:
     np.testing.assert_array_equal(feathered(box_mask(60, 60, 10, 20, 50, 21), 8).max(), 1)
 
 
+def test_the_seam_is_one_latent_wide_however_large_the_window() -> None:
+    """Of a window that is twice as wide as what is drawn, 16 pixels."""
+    mask = box_mask(128, 128, 0, 20, 128, 127)
+    image = Image.new("RGB", (128, 128), (255, 255, 255))
+    original = make_original(image, as_image(mask), 64, 64)
+    assert original.window == Window(0, 0, 128, 128)
+    pasted = original.paste(np.zeros((64, 64, 3), np.uint8))
+    expected = np.rint(255 * (1 - np.arange(17) / 16))
+    np.testing.assert_array_equal(pasted[64, 19:36, 0], expected)
+
+
 def test_without_a_mask_the_centre_is_drawn_anew() -> None:
     pixels = picture(60, 100)
     original = make_original(Image.fromarray(pixels), None, 64, 64)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -17,7 +18,11 @@ from bootpig_jax.data.pictures import to_rgb
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling import references
 from bootpig_jax.sampling.references import (
+    crop,
     find_mask,
+    grabcut,
+    has_plain_border,
+    keying,
     open_reference,
     prepare_reference,
     prepare_references,
@@ -91,6 +96,86 @@ def test_an_enclosed_hole_stays() -> None:
     mask = find_mask(rgb, None, "keying")
     assert mask[29, 39]
     assert not mask[0, 0]
+
+
+def test_keying_takes_colours_up_to_20_away_in_any_channel_for_background() -> None:
+    rgb = np.full((40, 40, 3), 100, np.uint8)
+    rgb[2:5, 2:5] = (120, 80, 100)
+    rgb[10:20, 10:20] = (100, 121, 100)
+    expected = np.zeros((40, 40), bool)
+    expected[10:20, 10:20] = True
+    np.testing.assert_array_equal(keying(rgb), expected)
+
+
+def test_keying_does_not_leak_in_over_a_corner() -> None:
+    rgb = np.full((40, 40, 3), 250, np.uint8)
+    rgb[10:20, 10:20] = RED
+    rgb[11:19, 11:19] = 250  # a frame, one pixel wide,
+    rgb[10, 10] = 250  # without its corner
+    assert keying(rgb)[11:19, 11:19].all()
+
+
+@pytest.mark.parametrize(("odd", "plain"), [(0.15, True), (0.25, False)])
+def test_a_border_is_plain_if_four_fifths_have_its_commonest_colour(
+    odd: float, plain: bool
+) -> None:
+    rgb = np.full((41, 41, 3), 200, np.uint8)
+    rgb[0, : round(odd * 160)] = 0
+    assert has_plain_border(rgb) == plain
+
+
+def test_whatever_is_not_quite_transparent_belongs_to_the_subject() -> None:
+    rgb, alpha = np.asarray(disc()), np.zeros((60, 60), np.uint8)
+    alpha[20:40, 20:40] = 1
+    alpha[22:38, 22:38] = 255
+    np.testing.assert_array_equal(find_mask(rgb, alpha, "auto"), alpha > 0)
+
+
+def test_a_picture_that_shows_everywhere_says_nothing_of_its_subject() -> None:
+    rgb, alpha = np.asarray(disc()), np.full((60, 60), 128, np.uint8)
+    np.testing.assert_array_equal(find_mask(rgb, alpha, "auto"), keying(rgb))
+    with pytest.raises(UserError, match="no transparency"):
+        find_mask(rgb, alpha, "alpha")
+
+
+def test_the_margin_is_a_twentieth_of_the_longer_side() -> None:
+    rgb = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
+    mask = np.zeros((60, 90), bool)
+    mask[10:31, 20] = mask[30, 20:80] = True
+    cropped = crop(rgb, mask)
+    assert cropped.shape == (21 + 2 * 3, 60 + 2 * 3, 3)
+    np.testing.assert_array_equal(cropped[3:-3, 3:-3], rgb[10:31, 20:80])
+    assert (cropped[:3] == 255).all() and (cropped[:, -3:] == 255).all()
+
+
+def test_grabcut_keeps_the_largest_region() -> None:
+    rgb = np.asarray(noisy_scene()).copy()
+    rgb[60:66, 60:66] = RED
+    mask = find_mask(rgb, None, "grabcut")
+    assert mask[30:50, 30:50].all() and not mask[58:].any()
+
+
+def test_grabcut_is_deterministic_whatever_ran_before() -> None:
+    """In this scene the clusters' random start decides about a few pixels at the edge."""
+    rng = np.random.default_rng(2)
+    pixels = rng.integers(0, 256, (80, 80, 3)).astype(float)
+    pixels[..., 0] = 60
+    pixels[24:56, 24:56] = np.array([170, 80, 90]) + rng.normal(0, 20, (32, 32, 3))
+    rgb = pixels.clip(0, 255).astype(np.uint8)
+    masks = []
+    for seed in (0, 1, 2):
+        cv2.setRNGSeed(seed)
+        masks.append(grabcut(rgb))
+    np.testing.assert_array_equal(masks[1:], [masks[0]] * 2)
+
+
+def test_grabcut_takes_the_same_margin_on_each_side_for_background(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+    monkeypatch.setattr(cv2, "grabCut", lambda *arguments: given.append(arguments[2]))
+    assert not grabcut(np.zeros((200, 400, 3), np.uint8)).any()
+    assert given == [(16, 8, 400 - 2 * 16, 200 - 2 * 8)]
 
 
 def test_auto_keys_only_a_plain_border() -> None:
