@@ -46,8 +46,8 @@ def ours() -> Times:
     import jax.numpy as jnp
     from flax import nnx
 
-    from bootpig_jax.attention import attention
-    from bootpig_jax.models.blocks import FeedForward, GroupNorm, Linear, conv3x3
+    from bootpig_jax.kernels import kernels_for
+    from bootpig_jax.models.blocks import FeedForward, GroupNorm, conv3x3, linear
 
     times: Times = {}
 
@@ -69,18 +69,23 @@ def ours() -> Times:
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(jax.random.key(0), shape)
 
-    rngs = nnx.Rngs(0)
+    how = {"rngs": nnx.Rngs(0), "dtype": jnp.dtype(jnp.float32)}
     for side, c, d in CONVOLUTIONS:
-        layer(f"conv3x3 {side}x{side} {c}>{d}", conv3x3(c, d, rngs=rngs), BATCH, side, side, c)
-    for side, c in NORMS:
         layer(
-            f"GroupNorm {side}x{side} {c}", GroupNorm(c, 32, 1e-5, rngs=rngs), BATCH, side, side, c
+            f"conv3x3 {side}x{side} {c}>{d}",
+            conv3x3(c, d, **how),
+            BATCH,
+            side,
+            side,
+            c,
         )
+    for side, c in NORMS:
+        layer(f"GroupNorm {side}x{side} {c}", GroupNorm(c, 32, 1e-5, **how), BATCH, side, side, c)
     for n, c in TOKENS:
-        layer(f"GEGLU {n}x{c}", FeedForward(c, rngs=rngs), BATCH, n, c)
-        layer(f"Linear {n}x{c}", Linear(c, c, rngs=rngs), BATCH, n, c)
+        layer(f"GEGLU {n}x{c}", FeedForward(c, **how), BATCH, n, c)
+        layer(f"Linear {n}x{c}", linear(c, c, **how), BATCH, n, c)
         q, k = normal(BATCH, n, c // HEAD, HEAD), normal(BATCH, 2 * n, c // HEAD, HEAD)
-        measure(f"attention {n}x{2 * n}", attention, q, k, k)
+        measure(f"attention {n}x{2 * n}", kernels_for().attend, q, k, k)
     return times
 
 

@@ -92,15 +92,11 @@ def count(scale: float, latents: int) -> dict[str, Any]:
     Returns:
       What is written as JSON; operations in units of 1e9, 2 for each multiply-add.
     """
-    from bootpig_jax import plain_attention
-    from bootpig_jax.models import blocks
+    from bootpig_jax.kernels import plain
 
     rows = []
     # XLA counts the body of a loop once, so nothing may go block by block; nothing is run.
-    with (
-        mock.patch.object(plain_attention, "BLOCKED_FROM", float("inf")),
-        mock.patch.object(blocks, "TOKEN_BLOCK", float("inf")),
-    ):
+    with mock.patch.object(plain, "BLOCKED_FROM", float("inf")):
         for references in sorted({references for _, references in COUNTED}):
             # Literally, samples share nothing.
             literal = _operations(literal_step, scale, 1, references, latents)
@@ -169,7 +165,8 @@ def literal_attention(self: Any, x: Any, context: Any = None, references: Any = 
 
     def attend(f: Any, source: Any) -> Any:
         projected = (self.to_q(f), self.to_k(source), self.to_v(source))
-        return self.to_out(attention(*map(self._split_heads, projected)))
+        attended = attention(*map(self._split_heads, projected), kernels=self.kernels)
+        return self.to_out(attended)
 
     def rsa(f: Any, f_ref: Any) -> Any:
         return attend(f, jnp.concatenate([f, f_ref], axis=1))
@@ -187,11 +184,9 @@ def _operations(
     import jax
     from flax import nnx
 
-    from bootpig_jax.models.shapes import OneKey
-    from bootpig_jax.models.unet import UNet, UNetConfig
+    from bootpig_jax.kernels import SERIAL
 
-    config = UNetConfig.from_dict(unet_sizes(scale))
-    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=OneKey(0))))
+    graph, weights = nnx.split(_unet(scale, SERIAL))
     arrays = shapes(scale, samples, references, latents)
     program = jax.jit(
         lambda base, reference, noise, arrays: step(
@@ -200,6 +195,18 @@ def _operations(
     )
     lowered = program.lower(weights, weights, arrays["reference_latents"], arrays)
     return lowered.compile().cost_analysis()["flops"] / 1e9
+
+
+def _unet(scale: float, kernels: Any) -> Any:
+    """A UNet with shapes in the place of its weights."""
+    import jax.numpy as jnp
+
+    from bootpig_jax.checkpoints.diffusers import network_shapes
+    from bootpig_jax.models.unet import UNet, UNetConfig
+
+    sizes = UNetConfig.from_dict(unet_sizes(scale))
+    single = jnp.dtype(jnp.float32)
+    return network_shapes(UNet, sizes, dtype=single, param_dtype=single, kernels=kernels)
 
 
 def _solver(steps: int) -> Any:
@@ -219,8 +226,7 @@ def ours(scale: float, samples: int, references: int, latents: int, steps: int) 
     import numpy as np
     from flax import nnx
 
-    from bootpig_jax.models.shapes import OneKey
-    from bootpig_jax.models.unet import UNet, UNetConfig
+    from bootpig_jax.kernels import kernels_for
     from bootpig_jax.sampling.denoise import denoise_with_references
 
     rng = np.random.default_rng(0)
@@ -228,8 +234,7 @@ def ours(scale: float, samples: int, references: int, latents: int, steps: int) 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.numpy.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
 
-    config = UNetConfig.from_dict(unet_sizes(scale))
-    graph, weights = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=OneKey(0))))
+    graph, weights = nnx.split(_unet(scale, kernels_for()))
     base, reference = (nnx.merge(graph, jax.tree.map(filled, weights)) for _ in range(2))
     arrays = jax.tree.map(filled, shapes(scale, samples, references, latents))
     noise = jax.ShapeDtypeStruct((steps, *arrays["reference_latents"].shape), np.float32)

@@ -61,6 +61,7 @@ def ours(batch_size: int) -> Step:
     import jax.numpy as jnp
 
     from bootpig_jax.config import TrainConfig
+    from bootpig_jax.kernels import kernels_for
     from bootpig_jax.training.optimizer import make_optimizer
     from bootpig_jax.training.plan import abstract_parts
     from bootpig_jax.training.sharding import make_mesh
@@ -78,7 +79,7 @@ def ours(batch_size: int) -> Step:
             [f"model.base={folder}", "data.dir=none", "output_dir=none", "precision=float32"]
             + [f"batch_size={batch_size}", f"data.image_size={LATENTS * 8}"],
         )
-        graphs, shapes, frozen = abstract_parts(config, jnp.dtype("float32"))
+        graphs, shapes, frozen = abstract_parts(config, jnp.dtype("float32"), kernels_for())
     keys = iter(jax.random.split(jax.random.key(0), 10_000))
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bootpig_jax.plain_attention import plain_attention
+from bootpig_jax.kernels import PLAIN, Kernels
+from bootpig_jax.kernels.precision import product_precision
 
 Strategy = Literal["softmax", "concat", "average", "argmax"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -32,6 +33,9 @@ def attention(
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
     key_lengths: Int[Array, " b"] | None = None,
+    *,
+    causal: bool = False,
+    kernels: Kernels = PLAIN,
 ) -> Float[Array, "b n h*d"]:
     """``softmax(q k^T / sqrt(d)) v``, the heads joined (Eq. 2 without ``Wo``).
 
@@ -40,47 +44,25 @@ def attention(
         k: keys.
         v: values.
         key_lengths: for each sample, how many of the ``m`` keys count; all when ``None``.
+        causal: whether query ``i`` sees the keys up to ``i`` only, as in CLIP's text encoder.
+        kernels: how the device computes it, here as in every function below.
     """
-    if jax.default_backend() == "cpu":
-        out, _ = plain_attention(q, k, v, key_lengths)
-    else:
-        # cuDNN has to be asked for: None means XLA's own attention, also on a GPU.
-        out = jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            key_value_seq_lengths=key_lengths,
-            implementation="cudnn" if _runs_on_cudnn(q) else "xla",
-        )
-    return _join_heads(out)
+    return _join_heads(kernels.attend(q, k, v, key_lengths, causal=causal))
 
 
 def partial_attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    *,
+    kernels: Kernels = PLAIN,
 ) -> "Partial":
     """Attention to a part of the keys; `merge` joins such parts.
 
-    For sampling only: cuDNN drops the gradient of the log-sum-exp, so there is none here.
+    For sampling only: some kernels drop the gradient of the log-sum-exp, so there is none here.
     """
-    if not _runs_on_cudnn(q):
-        out, lse = plain_attention(q, k, v)
-    else:
-        # jax.nn.dot_product_attention calls this, and rounds the log-sum-exp to q's precision: with
-        # bfloat16 that triples the error of a merge.
-        from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
-
-        out, lse = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, return_residual=True)
-        lse = lse.swapaxes(1, 2)
+    out, lse = kernels.attend_with_lse(q, k, v)
     return Partial(_without_gradient(out.astype(jnp.float32)), _without_gradient(lse))
-
-
-def _runs_on_cudnn(q: Array) -> bool:
-    return (
-        jax.default_backend() == "gpu"
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-    )
 
 
 def _join_heads(x: Array) -> Array:
@@ -127,6 +109,8 @@ def reference_self_attention(
     k_ref: Float[Array, "b m h d"],
     v_ref: Float[Array, "b m h d"],
     keep: Bool[Array, " b"] | None = None,
+    *,
+    kernels: Kernels = PLAIN,
 ) -> Float[Array, "b n h*d"]:
     """RSA, Eq. 3 without ``Wo``: keys and values of ``[f ; f_ref]``, joined along the tokens."""
     n, m = k.shape[1], k_ref.shape[1]
@@ -136,6 +120,7 @@ def reference_self_attention(
         jnp.concatenate([k, k_ref], axis=1),
         jnp.concatenate([v, v_ref], axis=1),
         key_lengths,
+        kernels=kernels,
     )
 
 
@@ -148,6 +133,8 @@ def attend_to_references(
     project_out: Callable[[Array], Array],
     strategy: Strategy,
     keep: Bool[Array, " b"] | None = None,
+    *,
+    kernels: Kernels = PLAIN,
 ) -> Float[Array, "b n c"]:
     """RSA with ``K`` references, pooled by ``strategy``.
 
@@ -159,16 +146,17 @@ def attend_to_references(
         The layer's output, after ``Wo``.
     """
     batch, count, m = k_refs.shape[:3]
+
+    def rsa(k_ref: Array, v_ref: Array) -> Array:
+        return reference_self_attention(q, k, v, k_ref, v_ref, keep, kernels=kernels)
+
     if strategy == "concat" or count == 1:
         joined = (batch, count * m, *k_refs.shape[3:])
-        k_ref, v_ref = k_refs.reshape(joined), v_refs.reshape(joined)
-        return project_out(reference_self_attention(q, k, v, k_ref, v_ref, keep))
-    o = project_out(attention(q, k, v))
-    o_refs = jax.vmap(
-        lambda k_ref, v_ref: project_out(reference_self_attention(q, k, v, k_ref, v_ref, keep)),
-        in_axes=1,
-        out_axes=1,
-    )(k_refs, v_refs)
+        return project_out(rsa(k_refs.reshape(joined), v_refs.reshape(joined)))
+    o = project_out(attention(q, k, v, kernels=kernels))
+    o_refs = jax.vmap(lambda k_ref, v_ref: project_out(rsa(k_ref, v_ref)), in_axes=1, out_axes=1)(
+        k_refs, v_refs
+    )
     return pool(o, o_refs, strategy)
 
 
@@ -183,6 +171,7 @@ def attend_to_shared_references(
     *,
     plain: int,
     seeing: int,
+    kernels: Kernels = PLAIN,
 ) -> Float[Array, "p n c"]:
     """The same numbers as `attend_to_references`, for sampling: no part of them computed twice.
 
@@ -203,9 +192,12 @@ def attend_to_shared_references(
     def seen(x: Array) -> Array:
         return x[len(x) - seeing :].reshape(sets, -1, *x.shape[2:])
 
-    own = partial_attention(q, k, v)
+    own = partial_attention(q, k, v, kernels=kernels)
     own_seen = Partial(*map(seen, own))
-    parts = [partial_attention(seen(q), k_refs[:, i], v_refs[:, i]) for i in range(count)]
+    parts = [
+        partial_attention(seen(q), k_refs[:, i], v_refs[:, i], kernels=kernels)
+        for i in range(count)
+    ]
 
     def output(attended: Array) -> Array:
         return project_out(attended.astype(k.dtype).reshape(-1, *k.shape[1:-2], attended.shape[-1]))
@@ -254,7 +246,9 @@ def pool(
             weights = jax.nn.one_hot(jnp.argmax(norm, axis=1), norm.shape[1], axis=1)
         case _:
             raise ValueError(f"strategy {strategy!r} pools nothing")
-    return o + jnp.einsum("bkn,bknc->bnc", weights.astype(o.dtype), difference)
+    precision = product_precision(o.dtype)
+    pooled = jnp.einsum("bkn,bknc->bnc", weights.astype(o.dtype), difference, precision=precision)
+    return o + pooled
 
 
 def reference_share(
@@ -274,7 +268,13 @@ def reference_share(
     def of_sample(keys: tuple[Array, Array, Array]) -> Array:
         q, k, k_ref = keys
         joined = jnp.concatenate([k, k_ref])
-        scores = jnp.einsum("nhd,mhd->hnm", q, joined, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "nhd,mhd->hnm",
+            q,
+            joined,
+            precision=product_precision(q.dtype),
+            preferred_element_type=jnp.float32,
+        )
         weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), axis=-1)
         return jnp.mean(jnp.sum(weights[..., len(k) :], axis=-1))
 

@@ -20,7 +20,7 @@ from bootpig_jax.data.cache import CacheWriter
 from bootpig_jax.data.pipeline import RecordSource, read_copies
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
-from bootpig_jax.train import cache_contents, check_image_size, compute_dtype
+from bootpig_jax.train import cache_contents, check_image_size, training_dtype
 from bootpig_jax.training.loop import to_pictures
 from bootpig_jax.training.step import Encoded, encode
 from bootpig_jax.yaml_config import parse_command_line
@@ -39,7 +39,7 @@ def cache_latents(config: TrainConfig) -> None:
     source = RecordSource(config.data.dir, config.data.split)
     count = len(source)
     contents = cache_contents(config)
-    dtype = compute_dtype(config)
+    dtype = training_dtype(config)
     model = load_stable_diffusion(
         config.model.base, dtype=dtype, param_dtype=dtype, allow_pickle=config.model.allow_pickle
     )

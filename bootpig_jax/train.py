@@ -41,6 +41,7 @@ from bootpig_jax.data.pipeline import (
     num_records,
 )
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.kernels import compute_dtype
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.trained import save_bootpig
 from bootpig_jax.training.checkpointing import Checkpoints
@@ -82,7 +83,7 @@ def train(config: TrainConfig) -> None:
         say(f"warning: checkpoint {step} is damaged ({reason}): it is moved aside")
 
     # 2. The model: what is trained in float32, what is frozen in the compute precision.
-    dtype = compute_dtype(config)
+    dtype = training_dtype(config)
     model = load_stable_diffusion(
         config.model.base, dtype=dtype, allow_pickle=config.model.allow_pickle
     )
@@ -213,7 +214,7 @@ def cache_contents(config: TrainConfig) -> Contents:
         reference_caption=config.reference_caption,
         copies=config.data.cache_copies,
         seed=config.seed,
-        precision=compute_dtype(config).name,
+        precision=training_dtype(config).name,
     )
 
 
@@ -230,12 +231,11 @@ def check_image_size(image_size: int, model: StableDiffusion) -> None:
         )
 
 
-def compute_dtype(config: TrainConfig) -> jnp.dtype:
+def training_dtype(config: TrainConfig) -> jnp.dtype:
     """Returns the precision of the computation."""
-    precision = config.precision
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
+    dtype = compute_dtype(config.precision)
+    # Gradients in float16 would need a scaled loss.
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Conditioning) -> None:
@@ -309,7 +309,7 @@ def print_plan(config: TrainConfig, devices: int | None) -> None:
     say("compiling: minutes for a model of full size")
     # What is planned for pretended devices is a run on accelerators.
     planned = jnp.dtype("bfloat16") if devices and config.precision == "auto" else None
-    print(report(plan(config, planned or compute_dtype(config), mesh)))
+    print(report(plan(config, planned or training_dtype(config), mesh)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from bootpig_jax.attention import (
     reference_self_attention,
     reference_share,
 )
-from bootpig_jax.plain_attention import plain_attention
+from bootpig_jax.kernels import PLAIN, SERIAL, Kernels
 
 B, K, N, M, H, D = 3, 3, 10, 7, 2, 8
 C = H * D
@@ -32,7 +32,6 @@ K_REFS, V_REFS = RNG.standard_normal((2, B, K, M, H, D), np.float32)
 # Not the identity, so that a norm taken before Wo shows; wide, so that the softmax is not flat.
 WO = RNG.standard_normal((C, C), np.float32) / 2
 WEIGHT = RNG.standard_normal((B, N, C), np.float32)  # of the sum that gradients are taken of
-CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 BIAS = RNG.standard_normal(C, np.float32)
 
 
@@ -216,47 +215,15 @@ def test_pool_refuses_what_pools_nothing() -> None:
         jax.eval_shape(lambda o: pool(o, o[:, None], "concat"), o)
 
 
-def test_attention_in_blocks_is_attention(monkeypatch):
-    """... for outputs, log-sum-exps and gradients, with and without dropped references."""
-    q, k, v = (jnp.asarray(RNG.standard_normal((2, n, H, D), np.float32)) for n in (64, 96, 96))
-    weights = [jnp.asarray(RNG.standard_normal(s, np.float32)) for s in (q.shape, q.shape[:3])]
-
-    def values_and_gradients(lengths: jax.Array | None) -> Any:
-        values, pull_back = jax.vjp(lambda *x: plain_attention(*x, lengths), q, k, v)
-        return values, pull_back(tuple(weights))
-
-    for lengths in (None, jnp.array([96, 64])):
-        expected = values_and_gradients(lengths)
-        with monkeypatch.context() as patch:
-            patch.setattr("bootpig_jax.plain_attention.BLOCKED_FROM", 0)
-            patch.setattr("bootpig_jax.plain_attention.QUERY_BLOCK", 16)
-            blocked = values_and_gradients(lengths)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), blocked, expected
-        )
-
-
-def test_parts_of_the_keys_merge_to_attention_over_all(monkeypatch):
-    expected = stock(Q, KEY, V)
-
-    def merged(q: jax.Array, k: jax.Array, v: jax.Array, _: int) -> jax.Array:
+@pytest.mark.parametrize("kernels", [PLAIN, SERIAL], ids=lambda kernels: kernels.name)
+def test_parts_of_the_keys_merge_to_attention_over_all(kernels: Kernels) -> None:
+    @jax.jit
+    def merged(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         slices = (np.s_[:, :3], np.s_[:, 3:8], np.s_[:, 8:])
-        return project_out(merge(*(partial_attention(q, k[part], v[part]) for part in slices)))
+        parts = (partial_attention(q, k[part], v[part], kernels=kernels) for part in slices)
+        return project_out(merge(*parts))
 
-    for blocked_from in (2**20, 0):
-        monkeypatch.setattr("bootpig_jax.plain_attention.BLOCKED_FROM", blocked_from)
-        assert close(jax.jit(merged, static_argnums=3)(Q, KEY, V, blocked_from), expected, 1e-6)
-
-
-def test_on_a_gpu_parts_come_from_cudnn_with_their_lse_in_float32(monkeypatch):
-    """As far as a machine without a GPU can tell: the call is traced, not run."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(f"{CUDNN}.check_cudnn_version", lambda: 91000)
-    half = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in (Q, KEY, V)]
-    program = jax.make_jaxpr(partial_attention)(*half)
-    assert "dot_product_attention_fwd_wrapper" in str(program)
-    assert [out.shape for out in program.out_avals] == [(B, N, H, D), (B, N, H)]
-    assert {out.dtype for out in program.out_avals} == {jnp.dtype("float32")}
+    assert close(merged(Q, KEY, V), stock(Q, KEY, V), 1e-6)
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "plain", "seeing"))

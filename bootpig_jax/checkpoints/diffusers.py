@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.errors import UserError
+from bootpig_jax.kernels import Kernels, kernels_for
 from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
@@ -73,6 +74,7 @@ def load_stable_diffusion(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    kernels: Kernels | None = None,
     allow_pickle: bool = False,
 ) -> StableDiffusion:
     """Loads SD 1.5, 2.1-base, 2.1 or a smaller model of the same layout.
@@ -81,6 +83,7 @@ def load_stable_diffusion(
         model: a folder in diffusers' layout, or the id of one on the Hugging Face hub.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
+        kernels: how the device computes; those of the default device when ``None``.
         allow_pickle: see `read_tensors`.
 
     Raises:
@@ -90,6 +93,7 @@ def load_stable_diffusion(
     how: dict[str, Any] = {
         "dtype": dtype,
         "param_dtype": param_dtype,
+        "kernels": kernels,
         "allow_pickle": allow_pickle,
     }
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -132,6 +136,7 @@ def load_unet(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    kernels: Kernels | None = None,
     allow_pickle: bool = False,
 ) -> UNet:
     """Loads one UNet's folder: a model's `unet/`, or `base_unet/` and `ref_unet/` of a BootPIG.
@@ -145,6 +150,7 @@ def load_unet(
         UNetConfig,
         dtype=dtype,
         param_dtype=param_dtype,
+        kernels=kernels,
         allow_pickle=allow_pickle,
     )
 
@@ -164,6 +170,7 @@ def load_network(
     *,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    kernels: Kernels | None = None,
     allow_pickle: bool = False,
 ) -> Network:
     """Builds a network's shapes from `config.json` and fills them from the folder's tensors.
@@ -173,10 +180,15 @@ def load_network(
             shape.
     """
     sizes = config.from_dict(read_json(folder / "config.json"))
-    abstract = nnx.eval_shape(
-        lambda: network(sizes, rngs=OneKey(0), dtype=dtype, param_dtype=param_dtype)
+    graph, state = nnx.split(
+        network_shapes(
+            network,
+            sizes,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernels=kernels or kernels_for(),
+        )
     )
-    graph, state = nnx.split(abstract)
     shapes = dict(nnx.to_flat_state(state))
     names = {diffusers_name(path): path for path in shapes}
 
@@ -196,6 +208,17 @@ def load_network(
             )
         shapes[path] = shapes[path].replace(jnp.asarray(value, param_dtype))
     return nnx.merge(graph, nnx.from_flat_state(shapes))
+
+
+def network_shapes(network: Callable[..., Network], sizes: Config, **how: Any) -> Network:
+    """A network with shapes in the place of its parameters.
+
+    Args:
+        network: its class.
+        sizes: its configuration.
+        how: `dtype`, `param_dtype` and `kernels`, as the class takes them.
+    """
+    return nnx.eval_shape(lambda: network(sizes, rngs=OneKey(0), **how))
 
 
 def save_unet(folder: str | Path, unet: UNet, dtype: np.dtype | type | None = None) -> None:

@@ -4,8 +4,6 @@ Attribute names follow diffusers', so that a parameter's path here is its name t
 (`checkpoints/diffusers.py` lists the few exceptions).
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -21,11 +19,10 @@ from bootpig_jax.attention import (
     attention,
     reference_share,
 )
+from bootpig_jax.kernels import Kernels
+from bootpig_jax.kernels.precision import product_precision
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-
-# How many tokens a feed-forward layer takes at once on a CPU.
-TOKEN_BLOCK = 1024
 
 
 @struct.dataclass
@@ -77,12 +74,30 @@ class SharedReferences:
         return self.replace(features=(self.features[index],))  # type: ignore[attr-defined]
 
 
+def linear(channels: int, out_channels: int, *, dtype: jnp.dtype, **kwargs: Any) -> nnx.Linear:
+    """A linear layer; in float32 exact on every device."""
+    precision = product_precision(dtype)
+    return nnx.Linear(channels, out_channels, dtype=dtype, precision=precision, **kwargs)
+
+
+def layer_norm(channels: int, epsilon: float = 1e-5, **kwargs: Any) -> nnx.LayerNorm:
+    """A layer norm whose variance takes two passes, as PyTorch's does."""
+    return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, **kwargs)
+
+
+def conv1x1(channels: int, out_channels: int, *, dtype: jnp.dtype, **kwargs: Any) -> nnx.Conv:
+    """A linear layer on the channels of each position."""
+    precision = product_precision(dtype)
+    return nnx.Conv(channels, out_channels, (1, 1), dtype=dtype, precision=precision, **kwargs)
+
+
 def conv3x3(
     channels: int,
     out_channels: int,
     *,
     strides: int = 1,
     padding: Padding = ((1, 1), (1, 1)),
+    dtype: jnp.dtype,
     **kwargs: Any,
 ) -> nnx.Conv:
     """A 3x3 convolution with PyTorch's explicit padding (``SAME`` pads strided ones otherwise)."""
@@ -92,77 +107,17 @@ def conv3x3(
         (3, 3),
         strides=(strides, strides),
         padding=padding,
-        conv_general_dilated=_convolve,
+        dtype=dtype,
+        precision=product_precision(dtype),
         **kwargs,
     )
-
-
-def _convolve(
-    x: Array,
-    kernel: Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    **kwargs: Any,
-) -> Array:
-    """`jax.lax.conv_general_dilated`, with a cheaper gradient where XLA's CPU code is slow.
-
-    It transposes the kernel for the gradient by `x`, which takes longer than the rest of the
-    convolution where there are many channels and few positions.
-    """
-
-    def plain(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
-
-    if (
-        jax.default_backend() != "cpu"
-        or tuple(strides) != (1, 1)
-        or tuple(padding) != ((1, 1), (1, 1))
-        or 4 * math.prod(x.shape[:-1]) > kernel.shape[-1]
-    ):
-        return plain(x, kernel)
-
-    convolve = jax.custom_vjp(plain)
-
-    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-        return plain(x, kernel), (x, kernel)
-
-    def backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        x, kernel = saved
-        by_kernel = jax.linear_transpose(lambda kernel: plain(x, kernel), kernel)
-        # What each output gives back to the nine inputs that it was made of, and where they lie.
-        taps = jnp.einsum("ijco,bhwo->ijcbhw", kernel, dy)
-        taps = jnp.pad(taps, ((0, 0), (0, 0), (0, 0), (0, 0), (1, 1), (1, 1)))
-        _, h, w, _ = x.shape
-        dx = sum(
-            taps[i, j, :, :, 2 - i : 2 - i + h, 2 - j : 2 - j + w]
-            for i in range(3)
-            for j in range(3)
-        )
-        return jnp.transpose(dx, (1, 2, 3, 0)), *by_kernel(dy)
-
-    convolve.defvjp(forward, backward)
-    return convolve(x, kernel)
-
-
-class Linear(nnx.Linear):
-    """A linear layer on tokens, with one axis of them.
-
-    With two, batch and position, XLA's CPU code for the weights' gradients takes up to 1.8 times
-    as long.
-    """
-
-    def __call__(self, inputs: Float[Array, "*b c"], out_sharding: Any = None) -> Array:
-        """Applies the layer to each token."""
-        tokens = inputs.reshape(-1, self.in_features)
-        out = super().__call__(tokens, out_sharding=out_sharding)
-        return out.reshape(*inputs.shape[:-1], self.out_features)
 
 
 class GroupNorm(nnx.Module):
     """Group normalisation over positions and the channels of a group.
 
     Sums run over the positions first and over a group's channels second, so the channels stay in
-    the innermost dimension: on a CPU three times as fast as `nnx.GroupNorm`, which splits them.
+    the innermost dimension; `nnx.GroupNorm` splits them.
     The variance is taken in two passes and in float32, as PyTorch does.
     """
 
@@ -213,11 +168,11 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(channels, groups, epsilon, **kwargs)
         self.conv1 = conv3x3(channels, out_channels, **kwargs)
         if time_channels is not None:
-            self.time_emb_proj = nnx.Linear(time_channels, out_channels, **kwargs)
+            self.time_emb_proj = linear(time_channels, out_channels, **kwargs)
         self.norm2 = GroupNorm(out_channels, groups, epsilon, **kwargs)
         self.conv2 = conv3x3(out_channels, out_channels, **kwargs)
         if channels != out_channels:
-            self.conv_shortcut = nnx.Conv(channels, out_channels, (1, 1), **kwargs)
+            self.conv_shortcut = conv1x1(channels, out_channels, **kwargs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
@@ -268,14 +223,16 @@ class Attention(nnx.Module):
         context_channels: int,
         heads: int,
         *,
+        kernels: Kernels,
         bias: bool = False,
         **kwargs: Any,
     ):
         self.heads = heads
-        self.to_q = Linear(channels, channels, use_bias=bias, **kwargs)
-        self.to_k = Linear(context_channels, channels, use_bias=bias, **kwargs)
-        self.to_v = Linear(context_channels, channels, use_bias=bias, **kwargs)
-        self.to_out = Linear(channels, channels, **kwargs)
+        self.kernels = kernels
+        self.to_q = linear(channels, channels, use_bias=bias, **kwargs)
+        self.to_k = linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_v = linear(context_channels, channels, use_bias=bias, **kwargs)
+        self.to_out = linear(channels, channels, **kwargs)
 
     def __call__(
         self,
@@ -292,15 +249,15 @@ class Attention(nnx.Module):
             self._split_heads(y) for y in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
         if references is None:
-            return self.to_out(attention(q, k, v))
+            return self.to_out(attention(q, k, v, kernels=self.kernels))
         (f_ref,) = references.features
         scaled = (references.key_scale * f_ref).astype(f_ref.dtype)
         k_refs, v_refs = self._split_heads(self.to_k(scaled)), self._split_heads(self.to_v(f_ref))
         attended = (q, k, v, k_refs, v_refs, self.to_out, references.strategy)
         if isinstance(references, References):
-            return attend_to_references(*attended, references.keep)
+            return attend_to_references(*attended, references.keep, kernels=self.kernels)
         return attend_to_shared_references(
-            *attended, plain=references.plain, seeing=references.seeing
+            *attended, plain=references.plain, seeing=references.seeing, kernels=self.kernels
         )
 
     def reference_share(
@@ -317,39 +274,14 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """The gated feed-forward layer (GEGLU) of a transformer block.
-
-    What is between its two products is eight times as wide as the tokens. On a CPU it goes block by
-    block of tokens, so that this stays in the cache: 1.25 to 1.5 times as fast where pictures have
-    4096 tokens of 320 channels. Where there is a gradient the layer stays whole, as in blocks the
-    gradient takes up to three times as long.
-    """
+    """The gated feed-forward layer (GEGLU) of a transformer block."""
 
     def __init__(self, channels: int, **kwargs: Any):
-        self.gate = Linear(channels, 8 * channels, **kwargs)
-        self.out = Linear(4 * channels, channels, **kwargs)
+        self.gate = linear(channels, 8 * channels, **kwargs)
+        self.out = linear(4 * channels, channels, **kwargs)
 
-    def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         """Applies the layer."""
-        blocks, rest = divmod(x.size // x.shape[-1], TOKEN_BLOCK)
-        if jax.default_backend() != "cpu" or blocks < 2 or rest:
-            return self._transform(x)
-        graph, weights = nnx.split(self)
-
-        def whole(weights: nnx.State, x: Array) -> Array:
-            return nnx.merge(graph, weights)._transform(x)
-
-        @jax.custom_vjp
-        def blocked(weights: nnx.State, x: Array) -> Array:
-            cut = x.reshape(blocks, TOKEN_BLOCK, -1)
-            return jax.lax.map(lambda x: whole(weights, x), cut).reshape(x.shape)
-
-        blocked.defvjp(
-            lambda weights, x: jax.vjp(whole, weights, x), lambda pull_back, dy: pull_back(dy)
-        )
-        return blocked(weights, x)
-
-    def _transform(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         value, gate = jnp.split(self.gate(x), 2, axis=-1)
         return self.out(value * jax.nn.gelu(gate, approximate=False))
 
@@ -357,12 +289,14 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention (`attn1`), cross-attention to the text (`attn2`) and a feed-forward layer."""
 
-    def __init__(self, channels: int, text_channels: int, heads: int, **kwargs: Any):
-        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
-        self.attn1 = Attention(channels, channels, heads, **kwargs)
-        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
-        self.attn2 = Attention(channels, text_channels, heads, **kwargs)
-        self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, **kwargs)
+    def __init__(
+        self, channels: int, text_channels: int, heads: int, *, kernels: Kernels, **kwargs: Any
+    ):
+        self.norm1 = layer_norm(channels, **kwargs)
+        self.attn1 = Attention(channels, channels, heads, kernels=kernels, **kwargs)
+        self.norm2 = layer_norm(channels, **kwargs)
+        self.attn2 = Attention(channels, text_channels, heads, kernels=kernels, **kwargs)
+        self.norm3 = layer_norm(channels, **kwargs)
         self.ff = FeedForward(channels, **kwargs)
 
     def __call__(
@@ -398,17 +332,18 @@ class SpatialTransformer(nnx.Module):
         *,
         groups: int,
         linear_projection: bool,
+        kernels: Kernels,
         **kwargs: Any,
     ):
         def projection() -> nnx.Module:
             if linear_projection:
-                return Linear(channels, channels, **kwargs)
-            return nnx.Conv(channels, channels, (1, 1), **kwargs)
+                return linear(channels, channels, **kwargs)
+            return conv1x1(channels, channels, **kwargs)
 
         self.norm = GroupNorm(channels, groups, 1e-6, **kwargs)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
-            [TransformerBlock(channels, text_channels, heads, **kwargs)]
+            [TransformerBlock(channels, text_channels, heads, kernels=kernels, **kwargs)]
         )
         self.proj_out = projection()
 

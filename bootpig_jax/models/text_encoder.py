@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bootpig_jax.attention import attention
+from bootpig_jax.kernels import PLAIN, Kernels
+from bootpig_jax.models.blocks import layer_norm, linear
 from bootpig_jax.models.config import pick
 
 
@@ -51,10 +54,11 @@ class TextEncoderConfig:
 class SelfAttention(nnx.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: TextEncoderConfig, **kwargs: Any):
+    def __init__(self, config: TextEncoderConfig, *, kernels: Kernels, **kwargs: Any):
         self.heads = config.num_attention_heads
+        self.kernels = kernels
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nnx.Linear(config.hidden_size, config.hidden_size, **kwargs) for _ in range(4)
+            linear(config.hidden_size, config.hidden_size, **kwargs) for _ in range(4)
         )
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -63,8 +67,7 @@ class SelfAttention(nnx.Module):
             project(x).reshape(*x.shape[:2], self.heads, -1)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(out.reshape(x.shape))
+        return self.out_proj(attention(q, k, v, causal=True, kernels=self.kernels))
 
 
 class MLP(nnx.Module):
@@ -72,8 +75,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, **kwargs: Any):
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **kwargs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **kwargs)
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, **kwargs)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, **kwargs)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Applies the layer."""
@@ -83,11 +86,11 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Attention and feed-forward, each after a norm and with a residual."""
 
-    def __init__(self, config: TextEncoderConfig, **kwargs: Any):
+    def __init__(self, config: TextEncoderConfig, *, kernels: Kernels, **kwargs: Any):
         epsilon = config.layer_norm_eps
-        self.layer_norm1 = nnx.LayerNorm(config.hidden_size, epsilon=epsilon, **kwargs)
-        self.self_attn = SelfAttention(config, **kwargs)
-        self.layer_norm2 = nnx.LayerNorm(config.hidden_size, epsilon=epsilon, **kwargs)
+        self.layer_norm1 = layer_norm(config.hidden_size, epsilon, **kwargs)
+        self.self_attn = SelfAttention(config, kernels=kernels, **kwargs)
+        self.layer_norm2 = layer_norm(config.hidden_size, epsilon, **kwargs)
         self.mlp = MLP(config, **kwargs)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -104,6 +107,7 @@ class TextEncoder(nnx.Module):
         rngs: the source of the initial weights.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
+        kernels: how the device computes attention.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class TextEncoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
+        kernels: Kernels = PLAIN,
     ):
         self.config = config
         kwargs: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -121,11 +126,12 @@ class TextEncoder(nnx.Module):
             config.max_position_embeddings, config.hidden_size, **kwargs
         )
         self.layers = nnx.List(
-            [EncoderLayer(config, **kwargs) for _ in range(config.num_hidden_layers)]
+            [
+                EncoderLayer(config, kernels=kernels, **kwargs)
+                for _ in range(config.num_hidden_layers)
+            ]
         )
-        self.final_layer_norm = nnx.LayerNorm(
-            config.hidden_size, epsilon=config.layer_norm_eps, **kwargs
-        )
+        self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, **kwargs)
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """The last layer's output after the final norm (Stable Diffusion reads no pooled token)."""

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Real
 
 from bootpig_jax.errors import UserError
+from bootpig_jax.kernels import PLAIN, Kernels
 from bootpig_jax.models.blocks import (
     Attention,
     Downsample,
@@ -27,6 +28,7 @@ from bootpig_jax.models.blocks import (
     SpatialTransformer,
     Upsample,
     conv3x3,
+    linear,
 )
 from bootpig_jax.models.config import pick
 
@@ -110,8 +112,8 @@ class TimeEmbedding(nnx.Module):
     """The two layers that embed a timestep's sinusoids."""
 
     def __init__(self, channels: int, time_channels: int, **kwargs: Any):
-        self.linear_1 = nnx.Linear(channels, time_channels, **kwargs)
-        self.linear_2 = nnx.Linear(time_channels, time_channels, **kwargs)
+        self.linear_1 = linear(channels, time_channels, **kwargs)
+        self.linear_2 = linear(time_channels, time_channels, **kwargs)
 
     def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b t"]:
         """Applies both layers."""
@@ -145,6 +147,7 @@ class UNet(nnx.Module):
         rngs: the source of the initial weights.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
+        kernels: how the device computes attention.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class UNet(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
+        kernels: Kernels = PLAIN,
     ):
         self.config = config
         # Whether the backward pass computes what is inside each block again, instead of keeping it.
@@ -180,6 +184,7 @@ class UNet(nnx.Module):
                 config.heads(level),
                 groups=config.norm_num_groups,
                 linear_projection=config.use_linear_projection,
+                kernels=kernels,
                 **kwargs,
             )
 
@@ -222,6 +227,9 @@ class UNet(nnx.Module):
             up_blocks.append(UNetBlock(resnets, attentions, upsamplers=upsamplers))
         self.up_blocks = nnx.List(up_blocks)
 
+        # In float32: guidance (Eq. 4) weighs predictions by -4, -2.5 and 7.5, and what their last
+        # layer rounds with them. For the whole UNet's cost it is nothing.
+        kwargs["dtype"] = jnp.dtype(jnp.float32)
         self.conv_norm_out = GroupNorm(
             channels[0], config.norm_num_groups, config.norm_eps, **kwargs
         )
@@ -251,7 +259,8 @@ class UNet(nnx.Module):
                 for each sample or none. ``None``: one text for each sample.
 
         Returns:
-            The prediction, and the input of each self-attention layer in execution order.
+            The prediction, in float32, and the input of each self-attention layer in execution
+            order.
         """
         sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
         time = self.time_embedding(sinusoids.astype(latents.dtype))

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bootpig_jax.kernels import PLAIN, Kernels
 from bootpig_jax.models.blocks import (
     Attention,
     Downsample,
     GroupNorm,
     ResnetBlock,
     Upsample,
+    conv1x1,
     conv3x3,
 )
 from bootpig_jax.models.config import pick
@@ -69,9 +71,9 @@ class VAEConfig:
 class VAEAttention(nnx.Module):
     """Self-attention with one head over the positions of a feature map, with a residual."""
 
-    def __init__(self, channels: int, groups: int, **kwargs: Any):
+    def __init__(self, channels: int, groups: int, *, kernels: Kernels, **kwargs: Any):
         self.group_norm = GroupNorm(channels, groups, EPSILON, **kwargs)
-        self.attention = Attention(channels, channels, 1, bias=True, **kwargs)
+        self.attention = Attention(channels, channels, 1, kernels=kernels, bias=True, **kwargs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Applies the layer."""
@@ -107,11 +109,12 @@ class VAEBlock(nnx.Module):
         return x
 
 
-def _middle(channels: int, groups: int, **kwargs: Any) -> VAEBlock:
+def _middle(channels: int, groups: int, *, kernels: Kernels, **kwargs: Any) -> VAEBlock:
     resnets = [
         ResnetBlock(channels, channels, groups=groups, epsilon=EPSILON, **kwargs) for _ in range(2)
     ]
-    return VAEBlock(resnets, attentions=[VAEAttention(channels, groups, **kwargs)])
+    attention = VAEAttention(channels, groups, kernels=kernels, **kwargs)
+    return VAEBlock(resnets, attentions=[attention])
 
 
 def _resnets(
@@ -132,7 +135,7 @@ def _resnets(
 class Encoder(nnx.Module):
     """Picture to the moments of its latents."""
 
-    def __init__(self, config: VAEConfig, **kwargs: Any):
+    def __init__(self, config: VAEConfig, *, kernels: Kernels, **kwargs: Any):
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = conv3x3(config.in_channels, channels[0], **kwargs)
         current = channels[0]
@@ -144,7 +147,7 @@ class Encoder(nnx.Module):
             down_blocks.append(VAEBlock(resnets, downsamplers=downsamplers))
             current = c
         self.down_blocks = nnx.List(down_blocks)
-        self.mid_block = _middle(current, groups, **kwargs)
+        self.mid_block = _middle(current, groups, kernels=kernels, **kwargs)
         self.conv_norm_out = GroupNorm(current, groups, EPSILON, **kwargs)
         self.conv_out = conv3x3(current, 2 * config.latent_channels, **kwargs)
 
@@ -159,10 +162,10 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents to a picture."""
 
-    def __init__(self, config: VAEConfig, **kwargs: Any):
+    def __init__(self, config: VAEConfig, *, kernels: Kernels, **kwargs: Any):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = conv3x3(config.latent_channels, channels[0], **kwargs)
-        self.mid_block = _middle(channels[0], groups, **kwargs)
+        self.mid_block = _middle(channels[0], groups, kernels=kernels, **kwargs)
         current = channels[0]
         up_blocks: list[VAEBlock] = []
         for c in channels:
@@ -190,6 +193,7 @@ class VAE(nnx.Module):
         rngs: the source of the initial weights.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
+        kernels: how the device computes attention.
     """
 
     def __init__(
@@ -199,14 +203,15 @@ class VAE(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
+        kernels: Kernels = PLAIN,
     ):
         self.config = config
         kwargs: dict[str, Any] = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         latents = config.latent_channels
-        self.encoder = Encoder(config, **kwargs)
-        self.decoder = Decoder(config, **kwargs)
-        self.quant_conv = nnx.Conv(2 * latents, 2 * latents, (1, 1), **kwargs)
-        self.post_quant_conv = nnx.Conv(latents, latents, (1, 1), **kwargs)
+        self.encoder = Encoder(config, kernels=kernels, **kwargs)
+        self.decoder = Decoder(config, kernels=kernels, **kwargs)
+        self.quant_conv = conv1x1(2 * latents, 2 * latents, **kwargs)
+        self.post_quant_conv = conv1x1(latents, latents, **kwargs)
 
     def encode(
         self, images: Float[Array, "b H W c"]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, UInt8
@@ -27,6 +26,7 @@ from bootpig_jax.checkpoints.tokenizer import Tokenizer, tokenize_with_warnings
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.diffusion.solvers import Solver, make_solver
 from bootpig_jax.errors import UserError
+from bootpig_jax.kernels import compute_dtype
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAEConfig
 from bootpig_jax.sampling.batches import Place, draw_noise, make_batches
@@ -48,7 +48,7 @@ from bootpig_jax.sampling.requests import (
 from bootpig_jax.sampling.settings import SamplingSettings, check_original, check_prompts
 from bootpig_jax.sampling.trained import check_bootpig, load_bootpig, save_bootpig
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class BootPIGPipeline:
@@ -82,8 +82,8 @@ class BootPIGPipeline:
             folder: a folder in diffusers' layout, or a hub id.
             bootpig: a folder with `base_unet/` and `ref_unet/`: what `bootpig_jax.train` exports or
                 the authors' release saves. `None`: untrained, both UNets are the model's own.
-            precision: of weights and computation; `auto` is bfloat16 on accelerators and float32 on
-                CPUs.
+            precision: of weights and computation; `auto` is float32 on CPUs, float16 on NVIDIA's
+                GPUs before Ampere, and bfloat16 on other accelerators.
             allow_pickle: whether PyTorch's pickled weights are opened where there are no
                 safetensors. Only tensors are read from them; no code in them is run.
 
@@ -508,8 +508,6 @@ def spans_all(settings: SamplingSettings) -> bool:
 
 
 def _dtype(precision: Precision) -> jnp.dtype:
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if precision not in get_args(Precision):
         raise UserError(f"precision: {precision!r} is not one of {', '.join(get_args(Precision))}")
-    return jnp.dtype(precision)
+    return compute_dtype(precision)

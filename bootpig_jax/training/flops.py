@@ -1,15 +1,18 @@
 """Counts the floating point operations of a program: 2 for each multiply-add.
 
 Only matrix products and convolutions are counted, as is customary; everything else is a few
-percent. The count is of what the program says, before any compiler. cuDNN's attention counts as the
-two products of its forward pass and the four of its backward pass, without what that computes
-again.
+percent. The count is of what the program says, before any compiler. Attention counts as the two
+products of its forward pass and the four of its backward pass, without what that computes again, on
+every device. What pads a kernel's operands is counted with them.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+
+from bootpig_jax.kernels.plain import SCORES_AGAIN
 
 # Dense bfloat16 matrix multiplication, FLOP/s, from the makers' data sheets (figures "with
 # sparsity" halved). The names are how JAX's `device_kind` begins; a longer one goes first.
@@ -34,8 +37,38 @@ def peak_flops(device_kind: str) -> float | None:
 
 def count_flops(jaxpr: Any) -> float:
     """Returns the FLOPs of a (closed) jaxpr, loops multiplied out, over all devices together."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum(times * _of_equation(equation) for equation, times in equations(jaxpr))
+
+
+def equations(jaxpr: Any) -> Iterator[tuple[Any, int]]:
+    """Walks through a (closed) jaxpr, whatever is called included.
+
+    Yields:
+      Each equation, those that call others too, and how often it is executed, over all devices
+      together. Kernels' bodies are not walked through, and of a conditional the branch with the
+      most FLOPs is. What `kernels.plain` computes again in its backward pass is left out: it is no
+      work that was asked for, and fused kernels hide theirs.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        params, times = equation.params, 1
+        match equation.primitive.name:
+            case "pallas_call":
+                bodies: list[Any] = []
+            case "jit" | "pjit" if params["name"] == SCORES_AGAIN:
+                continue
+            case "scan":
+                bodies, times = [params["jaxpr"]], params["length"]
+            case "while":
+                raise ValueError("a loop without a known length cannot be counted")
+            case "cond":
+                bodies = [max(params["branches"], key=count_flops)]
+            case "shard_map":  # Its body is what one device does.
+                bodies, times = [params["jaxpr"]], params["mesh"].size
+            case _:
+                bodies = _inner(params)
+        yield equation, 1
+        for body in bodies:
+            yield from ((inner, times * count) for inner, count in equations(body))
 
 
 def _of_equation(equation: Any) -> float:
@@ -47,26 +80,34 @@ def _of_equation(equation: Any) -> float:
             return 2.0 * math.prod(equation.outvars[0].aval.shape) * products
         case "conv_general_dilated":
             return _of_convolution(equation)
-        case "scan":
-            return equation.params["length"] * count_flops(equation.params["jaxpr"])
-        case "while":
-            raise ValueError("a loop without a known length cannot be counted")
-        case "cond":
-            return max(count_flops(branch) for branch in equation.params["branches"])
-        case "shard_map":
-            # Its body is what one device does.
-            return equation.params["mesh"].size * count_flops(equation.params["jaxpr"])
         case "dot_product_attention_fwd_wrapper":
             return 2 * _of_scores(equation)
         case "dot_product_attention_bwd_wrapper":
             return 4 * _of_scores(equation)
-    return sum(count_flops(inner) for inner in _inner(equation.params))
+        case "pallas_call":
+            return _products_of_splash(equation.params["name"]) * _of_scores(equation, axis=2)
+    return 0.0
 
 
-def _of_scores(equation: Any) -> float:
-    """The product of queries [b, n, h, d] and keys [b, m, h, d]."""
-    queries, keys = (operand.aval.shape for operand in equation.invars[:2])
-    return 2.0 * math.prod(queries) * keys[1]
+def _of_scores(equation: Any, axis: int = 1) -> float:
+    """The product of queries [b, n, h, d] and keys [b, m, h, d]; `axis` is where m stands.
+
+    They are the first two operands of that rank.
+    """
+    shapes = [operand.aval.shape for operand in equation.invars]
+    queries, keys = [shape for shape in shapes if len(shape) == 4][:2]
+    return 2.0 * math.prod(queries) * keys[axis]
+
+
+def _products_of_splash(name: str) -> int:
+    """How many products of the size of the scores a kernel of splash attention is asked for.
+
+    Both its backward kernels compute the weights' gradient; it counts in one of them.
+    """
+    for phase, products in (("_fwd", 2), ("_dkv", 3), ("_dq", 1)):
+        if name.startswith(f"splash_mha{phase}"):
+            return products
+    raise ValueError(f"the FLOPs of the kernel {name} are not known")
 
 
 def _of_convolution(equation: Any) -> float:

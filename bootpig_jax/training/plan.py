@@ -30,6 +30,7 @@ from bootpig_jax.bootpig import BootPIG, is_trainable
 from bootpig_jax.checkpoints.diffusers import find_model, read_json
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.kernels import Kernels, kernels_for
 from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
@@ -38,9 +39,12 @@ from bootpig_jax.training.flops import PEAKS, count_flops
 from bootpig_jax.training.optimizer import Parameters, make_optimizer
 from bootpig_jax.training.sharding import BATCH, named, partition_specs
 from bootpig_jax.training.step import (
+    Batch,
+    Encoded,
     Frozen,
     Graphs,
     Pictures,
+    Posterior,
     TrainState,
     cast,
     first_state,
@@ -80,18 +84,20 @@ class Plan:
         return self.masters + self.moments + self.frozen + self.batch + self.temporary
 
 
-def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh) -> Plan:
+def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh, kernels: Kernels | None = None) -> Plan:
     """Compiles the step for the mesh and adds up what it takes.
 
     Args:
       config: of the run.
       dtype: of the computation.
       mesh: the devices, which may be pretended ones.
+      kernels: how they compute; what the mesh's devices have when `None`.
 
     Raises:
       UserError: the base checkpoint's `config.json` files are missing or not understood.
     """
-    step, (state, frozen, batch) = abstract_step(config, dtype, mesh)
+    kernels = kernels or kernels_for(mesh.devices.flat[0])
+    step, (state, frozen, batch) = abstract_step(config, dtype, mesh, kernels)
     traced = step.trace(state, frozen, batch)
     # What counts is the buffers, which are assigned before machine code is made: the code that is
     # made fastest will do. On a GPU the kernels that are chosen take buffers themselves.
@@ -113,28 +119,22 @@ def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh) -> Plan:
 
 
 def abstract_step(
-    config: TrainConfig, dtype: jnp.dtype, mesh: Mesh
-) -> tuple[jax.stages.Wrapped, tuple[TrainState, Frozen, Pictures]]:
+    config: TrainConfig, dtype: jnp.dtype, mesh: Mesh, kernels: Kernels
+) -> tuple[jax.stages.Wrapped, tuple[TrainState, Frozen, Batch]]:
     """Returns the training step and the shapes and shardings of its three arguments.
 
     Raises:
       UserError: the base checkpoint's `config.json` files are missing or not understood.
     """
-    graphs, trainable, frozen = abstract_parts(config, dtype)
+    graphs, trainable, frozen = abstract_parts(config, dtype, kernels)
     optimizer = make_optimizer(config.optimizer, config.steps)
     min_size = config.mesh.fsdp_min_size
     state = jax.eval_shape(
         lambda t: first_state(t, optimizer, ema=config.ema_decay is not None), trainable
     )
-    size, length = config.data.image_size, frozen.empty_text.shape[0]
-    separate = config.reference_caption != "target"
-
-    def make_batch() -> Pictures:
-        pictures = jnp.zeros((config.batch_size, size, size, 3))
-        ids = jnp.zeros((config.batch_size, length), jnp.int32)
-        return Pictures(pictures, pictures, ids, ids if separate else None)
-
-    batch = jax.eval_shape(make_batch)
+    batch = _abstract_batch(config, graphs, frozen)
+    if isinstance(batch, Encoded):
+        frozen = dataclasses.replace(frozen, vae={}, text_encoder={})
     step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
     return step, (
         _placed(state, partition_specs(state, mesh, min_size), mesh),
@@ -143,7 +143,29 @@ def abstract_step(
     )
 
 
-def abstract_parts(config: TrainConfig, dtype: jnp.dtype) -> tuple[Graphs, Parameters, Frozen]:
+def _abstract_batch(config: TrainConfig, graphs: Graphs, frozen: Frozen) -> Batch:
+    """A batch as the loader makes it: of pictures, or with `data.cache` of latents."""
+    count, size, text = config.batch_size, config.data.image_size, frozen.empty_text.shape
+    separate = config.reference_caption != "target"
+
+    def pictures() -> Pictures:
+        picture = jnp.zeros((count, size, size, 3))
+        ids = jnp.zeros((count, text[0]), jnp.int32)
+        return Pictures(picture, picture, ids, ids if separate else None)
+
+    def encoded() -> Encoded:
+        side = size // graphs.latent_downsampling
+        latents = jnp.zeros((count, side, side, graphs.latent_channels), graphs.dtype)
+        features = jnp.zeros((count, *text), graphs.dtype)
+        posterior = Posterior(latents, latents)
+        return Encoded(posterior, posterior, features, features if separate else None)
+
+    return jax.eval_shape(pictures if config.data.cache is None else encoded)
+
+
+def abstract_parts(
+    config: TrainConfig, dtype: jnp.dtype, kernels: Kernels
+) -> tuple[Graphs, Parameters, Frozen]:
     """What `take_apart` returns, with shapes in the place of arrays.
 
     Raises:
@@ -156,16 +178,17 @@ def abstract_parts(config: TrainConfig, dtype: jnp.dtype) -> tuple[Graphs, Param
     schedule = NoiseSchedule.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
     graphs: dict[str, nnx.GraphDef] = {}
 
+    how: dict[str, Any] = {"rngs": OneKey(0), "dtype": dtype, "kernels": kernels}
+
     def parts() -> tuple[Parameters, Frozen]:
         def unet() -> UNet:
-            return UNet(unet_sizes, rngs=OneKey(0), dtype=dtype)
+            return UNet(unet_sizes, **how)
 
         def selected(path: tuple[str | int, ...]) -> bool:
             trained = config.trainable
             return is_trainable(path, unet_sizes, trained.base, trained.reference)
 
-        vae_network = VAE(vae_sizes, rngs=OneKey(0), dtype=dtype)
-        text_network = TextEncoder(text_sizes, rngs=OneKey(0), dtype=dtype)
+        vae_network, text_network = VAE(vae_sizes, **how), TextEncoder(text_sizes, **how)
         graphs["bootpig"], trainable, rest = split_parameters(
             BootPIG(unet(), unet(), remat=config.remat), selected
         )

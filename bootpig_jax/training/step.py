@@ -526,20 +526,16 @@ def make_train_step(
         # gradients to a finite state.
         finite = jnp.isfinite(value) & jnp.isfinite(norms["gradient_norm"])
 
-        def update() -> tuple[Parameters, optax.OptState, Parameters]:
-            updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-            ema = {
-                name: config.ema_decay * average + (1 - config.ema_decay) * trainable[name]
-                for name, average in state.ema.items()
-                if config.ema_decay is not None
-            }
-            return trainable, moments, ema
-
-        def keep() -> tuple[Parameters, optax.OptState, Parameters]:
-            return state.trainable, state.optimizer, state.ema
-
-        trainable, moments, ema = jax.lax.cond(finite, update, keep)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = {
+            name: config.ema_decay * average + (1 - config.ema_decay) * trainable[name]
+            for name, average in state.ema.items()
+            if config.ema_decay is not None
+        }
+        # Not a conditional: a GPU's host would wait for its predicate in every step.
+        new, old = (trainable, moments, ema), (state.trainable, state.optimizer, state.ema)
+        trainable, moments, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {
             "loss": value,
             **by_timestep,
