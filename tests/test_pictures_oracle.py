@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from bootpig_jax import BootPIGPipeline
+from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
 from tests.tiny_models import Kind, save_tiny_model, torch_unet
 from tests.torch_pictures import (
     Box,
@@ -152,6 +155,18 @@ def test_text_to_image_equals_diffusers(
         **GUIDANCE,
     )
     assert_same_pictures(ours, theirs)
+
+
+def test_decoded_latents_are_cut_off_at_black_and_white(folders: Folders) -> None:
+    """Not left to the conversion to 8 bits, which cuts off on some devices and wraps on others."""
+    folder, _ = folders("sd15")
+    vae, model = load_stable_diffusion(folder).vae, AutoencoderKL.from_pretrained(folder / "vae")
+    latents = initial_noise(0, 1, 2, *LATENTS).float()
+    ours = np.asarray(jax.jit(vae.decode_latents)(jnp.asarray(latents.permute(0, 2, 3, 1))))
+    with torch.no_grad():
+        theirs = model.decode(latents / 0.18215).sample.clamp(-1, 1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert ours.min() == -1 and ours.max() == 1
 
 
 # Each takes three steps, so that a kind of solver is compiled once.
