@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import bootpig_jax.train
 from bootpig_jax import cache_latents
 from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
 from bootpig_jax.config import TrainConfig
@@ -106,6 +107,18 @@ def test_another_run_s_cache_is_refused(config):
         CacheSource(Path("/absent"), contents)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["model.base=other", "data.split=test", "data.image_size=8", "data.augmentation=release",
+     "reference_caption=target", "data.cache_copies=2", "seed=1", "precision=bfloat16"],
+)  # fmt: skip
+def test_a_cache_knows_all_that_it_was_made_of(arguments, monkeypatch, change):
+    monkeypatch.setattr(bootpig_jax.train, "dataset_fingerprint", lambda *which: "f")
+    config, changed = (load_config(TrainConfig, None, [*arguments, *c]) for c in ([], [change]))
+    one, other = (dataclasses.asdict(cache_contents(c)) for c in (config, changed))
+    assert len([name for name in one if one[name] != other[name]]) == 1
+
+
 def test_bfloat16_survives(tmp_path, config):
     contents = dataclasses.replace(cache_contents(config), precision="bfloat16")
     values = np.arange(6, dtype=np.float32).reshape(2, 3).astype(jax.numpy.bfloat16)
@@ -132,8 +145,6 @@ def test_a_flipped_bit_is_found(config):
 
 @pytest.mark.long
 def test_training_takes_it(config, arguments, tmp_path):
-    import bootpig_jax.train
-
     output = tmp_path / "run"
     bootpig_jax.train.main(
         [*arguments, f"output_dir={output}", "steps=2", "logging.every=1", "logging.grid_every=0"]

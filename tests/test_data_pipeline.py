@@ -152,6 +152,22 @@ def test_first_examples_are_unaugmented_and_in_order(dataset: Path) -> None:
     assert len(pipeline.first_examples(dataset, count=99, image_size=SIZE)["id"]) == NUM_RECORDS
 
 
+def test_every_copy_of_every_row_is_augmented_in_its_own_way(tmp_path: Path) -> None:
+    """... which depends on nothing but the seed, the row and the copy's number."""
+    write_dataset(tmp_path, [make_record(0, id=str(row)) for row in range(3)])
+    source = pipeline.RecordSource(tmp_path, "train")
+
+    def references(rows: list[int], copies: int, seed: int = 0) -> list[list[bytes]]:
+        how: dict[str, Any] = {"image_size": SIZE, "augmentation": "paper"}
+        batches = pipeline.read_copies(source, rows, copies=copies, seed=seed, **how)
+        return [[row.tobytes() for row in batch["reference"]] for batch in batches]
+
+    both = references([0, 1, 2], copies=2)
+    assert len({one for copy in both for one in copy}) == 6
+    assert references([1], copies=1) == [[both[0][1]]]
+    assert references([0, 1, 2], copies=2, seed=1) != both
+
+
 # --- resuming and sharing
 
 

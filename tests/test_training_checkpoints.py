@@ -15,7 +15,7 @@ import pytest
 
 from bootpig_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bootpig_jax.errors import UserError
-from bootpig_jax.training.checkpointing import MANIFEST, Checkpoints
+from bootpig_jax.training.checkpointing import MANIFEST, Checkpoints, saved_steps
 from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.sharding import make_mesh
 from bootpig_jax.training.step import TrainState, init_state
@@ -103,6 +103,9 @@ def test_what_differs_is_named(tmp_path):
 
     assert "base.attn1.kernel is float32[8, 4] in the" in refused(new_state(width=8))
     assert "reference.conv.bias is only in the checkpoint" in refused(new_state(bias=False))
+    kernel = {"base.attn1.kernel": jnp.zeros((8, 4), jnp.bfloat16)}
+    half = dataclasses.replace(new_state(), trainable=new_state().trainable | kernel)
+    assert "base.attn1.kernel is float32[8, 4] in the checkpoint" in refused(half)
     assert "seed: 1, but the checkpoint" in refused(new_state(), seed=1)
     assert "optimizer.lr_rsa: 0.5, but" in refused(new_state(), optimizer={"lr_rsa": 0.5})
     assert "data.dir: its shards are not those" in refused(new_state(), fingerprint="g")
@@ -185,6 +188,18 @@ def test_a_damaged_step_is_moved_out_of_the_way(tmp_path):
     with again:
         restored = again.restore(new_state(), numbers())
     jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
+    # The next one does not take its place.
+    damage(tmp_path / "checkpoints/1/run/metadata", "flip", np.random.default_rng(0))
+    with Checkpoints(configuration(tmp_path), "f"):
+        moved = sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir())
+    assert moved == ["1-0", "1-1"]
+
+
+def test_steps_are_numbers(tmp_path):
+    for name in ("9", "10", "100", "2.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir()
+    assert saved_steps(tmp_path) == [9, 10, 100]
+    assert saved_steps(tmp_path / "nowhere") == []
 
 
 def test_a_step_that_lost_its_manifest_does_not_get_another(tmp_path):
@@ -232,10 +247,16 @@ def test_a_full_disk_leaves_the_last_good_step(tmp_path, found):
 
 
 def test_too_little_space_is_told_before_training(tmp_path, monkeypatch):
+    """An old step is removed when the new one is complete: there must be room for two."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    state = new_state(width=4096)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    checkpoints = Checkpoints(configuration(tmp_path), "f")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * size - 1))
     with pytest.raises(UserError, match="0.0 GB free, its checkpoints need"):
-        Checkpoints(configuration(tmp_path), "f").check_space(new_state(width=4096))
+        checkpoints.check_space(state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * size))
+    checkpoints.check_space(state)
 
 
 @pytest.mark.promise("R7", "NaN: never in a checkpoint")
@@ -243,7 +264,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     two_steps(tmp_path)
     state = jax.tree.map(lambda leaf: leaf, _advance(_advance(new_state())))
     broken = dataclasses.replace(
-        state, trainable=state.trainable | {"reference.conv.bias": jnp.full(8, jnp.nan)}
+        state, trainable=state.trainable | {"reference.conv.bias": jnp.zeros(8).at[3].set(jnp.nan)}
     )
     with Checkpoints(configuration(tmp_path), "f") as checkpoints:
         with pytest.raises(UserError, match="not finite after update 2: it is not saved"):

@@ -1,24 +1,47 @@
 """The loop: it gives up on what will not get better, and never waits for ever."""
 
+import inspect
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from bootpig_jax.config import DataConfig, ModelConfig, TrainConfig
+from bootpig_jax.bootpig import BootPIG
+from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
+from bootpig_jax.checkpoints.tokenizer import Tokenizer
+from bootpig_jax.config import (
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    TrainableConfig,
+    TrainConfig,
+)
 from bootpig_jax.errors import UserError
-from bootpig_jax.training.loop import run_steps
+from bootpig_jax.sampling.conditioning import Conditioning
+from bootpig_jax.sampling.denoise import denoise_with_references
+from bootpig_jax.sampling.encoding import encode_images, encode_text
+from bootpig_jax.training import loop, validation
+from bootpig_jax.training.loop import make_draw_grid, run_steps, to_pictures
 from bootpig_jax.training.metrics import MetricLogger, read_history
 from bootpig_jax.training.sharding import make_mesh
-from bootpig_jax.training.step import TrainState
+from bootpig_jax.training.step import (
+    Frozen,
+    Graphs,
+    Pictures,
+    TrainState,
+    merge_parameters,
+    take_apart,
+)
+from bootpig_jax.training.validation import make_validation
 
 
 def configuration(folder: Path, **changes: Any) -> TrainConfig:
@@ -89,6 +112,117 @@ def test_gives_up_after_many_skipped_updates_in_a_row(tmp_path):
         train(config, set(range(11, 31)), saves)
     assert "\n" not in str(caught.value)
     assert saves.steps[-1] <= 16
+
+
+class Words:
+    """Stands for the tokenizer: a text's ids are its letters' numbers."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array([[ord(letter) for letter in text.ljust(12)[:12]] for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("target", None), ("first_clause", ["a red cup"]), ("object", ["cup"])],
+)
+def test_the_reference_unet_reads_what_it_is_configured_to(kind, expected):
+    batch = {
+        "target": np.zeros((1, 8, 8, 3), np.float32),
+        "reference": np.ones((1, 8, 8, 3), np.float32),
+        "caption": np.array(["a red cup, there"]),
+        "object": np.array(["cup"]),
+    }
+    pictures = to_pictures(batch, Words(), Conditioning(reference_caption=kind))
+    np.testing.assert_array_equal(pictures.caption, Words()(["a red cup, there"]))
+    assert pictures.target is batch["target"] and pictures.reference is batch["reference"]
+    if expected is None:
+        assert pictures.reference_caption is None  # the same
+    else:
+        np.testing.assert_array_equal(pictures.reference_caption, Words()(expected))
+
+
+@pytest.fixture(scope="module")
+def parts(model_folder: Path) -> tuple[Graphs, Frozen, Tokenizer, TrainState]:
+    model = load_stable_diffusion(model_folder)
+    bootpig, dtype = BootPIG.from_unet(model.unet), jnp.dtype("float32")
+    graphs, trainable, frozen = take_apart(model, bootpig, TrainableConfig(), dtype)
+    return graphs, frozen, model.tokenizer, TrainState(jnp.zeros((), jnp.int32), trainable, (), {})
+
+
+@pytest.mark.parametrize("timestep", ["same", 0])
+def test_a_grid_uses_references_as_training_does(parts, monkeypatch, timestep):
+    """What it hands to the denoising loop, and how it shows what comes back."""
+    graphs, frozen, tokenizer, state = parts
+    rng = np.random.default_rng(0)
+    examples = {
+        "reference": rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32),
+        "caption": np.array(["a cup, there", "a hat, here"]),
+        "object": np.array(["cup", "hat"]),
+    }
+    conditioning = Conditioning(timestep, 1.3, "object")
+    logging = LoggingConfig(
+        grid_steps=4, grid_prompts=("{object} in snow", "a {object}"), guidance_scale=3.0
+    )
+    given: dict[str, Any] = {}
+    drawn = jnp.asarray(rng.standard_normal((4, 8, 8, 4)), jnp.float32)
+
+    def denoise(*positional: Any, **named: Any) -> jax.Array:
+        signature = inspect.signature(denoise_with_references)
+        given.update(signature.bind(*positional, **named).arguments)
+        return drawn
+
+    monkeypatch.setattr(loop, "denoise_with_references", denoise)
+    draw = make_draw_grid(graphs, frozen, tokenizer, examples, conditioning, logging)
+    grid = draw(state)
+    encoder = merge_parameters(graphs.text_encoder, frozen.text_encoder)
+    vae = merge_parameters(graphs.vae, frozen.vae)
+    for name, texts in (
+        ("text", ["cup in snow", "a cup", "hat in snow", "a hat"]),
+        ("reference_text", ["cup", "hat"]),
+        ("empty_text", [""]),
+    ):
+        wanted = encode_text(encoder, tokenizer(texts))
+        np.testing.assert_allclose(given[name], wanted, atol=1e-5, err_msg=name)
+    latents = encode_images(vae, examples["reference"])
+    np.testing.assert_allclose(given["reference_latents"], latents[:, None], atol=1e-5)
+    assert given["reference_key_scale"] == 1.3 and given["reference_timestep"] == timestep
+    assert given["image_guidance_scale"] == 5.0 and given["guidance_scale"] == 3.0
+    if timestep == 0:
+        assert given["reference_noise"] is None
+    else:
+        assert given["reference_noise"].shape == (4, 2, 1, 8, 8, 4)
+    decoded = np.asarray(jax.jit(lambda vae, latents: vae.decode_latents(latents))(vae, drawn))
+    pictures = np.concatenate(
+        [examples["reference"][:, None], decoded.reshape(2, 2, 16, 16, 3)], axis=1
+    )
+    shown = grid.reshape(2, 18, 3, 18, 3).swapaxes(1, 2)[:, :, 1:-1, 1:-1]
+    assert np.abs(shown - (pictures + 1) * 127.5).max() <= 0.5 + 1e-2
+
+
+def test_validation_uses_references_as_training_does(parts, monkeypatch):
+    graphs, frozen, tokenizer, state = parts
+    given: dict[str, Any] = {}
+
+    class Enough(Exception):
+        """What is wanted is known."""
+
+    def loss(*_: Any, **named: Any) -> None:
+        given.update(named)
+        raise Enough
+
+    monkeypatch.setattr(validation, "bootpig_loss", loss)
+    picture = np.zeros((3, 16, 16, 3), np.float32)
+    pictures = Pictures(picture, picture, tokenizer(["a"] * 3), None)
+    config = configuration(
+        Path("unused"),
+        data=DataConfig(dir=Path("data"), image_size=16),
+        reference_key_scale=1.3,
+        reference_timestep=0,
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with pytest.raises(Enough):
+        make_validation(graphs, frozen, pictures, config, mesh)(state)
+    assert given["reference_key_scale"] == 1.3 and given["reference_timestep"] == 0
 
 
 HANGS = """

@@ -27,7 +27,12 @@ from bootpig_jax.training.step import loss_by_timestep
 
 def test_optimizer_equals_torch_with_clipping_over_both_parts():
     config = OptimizerConfig(lr_reference=3e-3, lr_rsa=7e-4)
-    shapes = {"reference.a.kernel": (3, 4), "reference.b.bias": (5,), "base.c.kernel": (2, 2)}
+    shapes = {
+        "reference.a.kernel": (3, 4),
+        "reference.b.bias": (5,),
+        "base.c.kernel": (2, 2),
+        "base.d.bias": (3,),  # with gradients as small as epsilon
+    }
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
@@ -48,6 +53,7 @@ def test_optimizer_equals_torch_with_clipping_over_both_parts():
             name: (scale * rng.standard_normal(shape)).astype(np.float32)
             for name, shape in shapes.items()
         }
+        gradients["base.d.bias"] *= 1e-8
         for name, tensor in tensors.items():
             tensor.grad = torch.tensor(gradients[name])
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), config.clip_norm)
@@ -172,7 +178,7 @@ class Accelerator:
 
 
 def test_utilisation_is_of_all_devices_and_leaves_pauses_out(tmp_path, monkeypatch):
-    now = iter([0.0, 10.0, 110.0, 111.0])  # opened; a pause of 100 s; read
+    now = iter([0.0, 10.0, 110.0, 111.0, 121.0])  # opened; a pause of 100 s; read; read again
     monkeypatch.setattr("bootpig_jax.training.metrics.time.perf_counter", lambda: next(now))
     monkeypatch.setattr(jax, "devices", lambda: [Accelerator()] * 2)
     monkeypatch.setattr(jax, "local_devices", jax.devices)
@@ -180,16 +186,28 @@ def test_utilisation_is_of_all_devices_and_leaves_pauses_out(tmp_path, monkeypat
         model=ModelConfig(base="base"),
         data=DataConfig(dir=Path("data")),
         output_dir=tmp_path,
-        steps=1,
+        steps=2,
+        logging=LoggingConfig(every=1),
     )
     by_timestep = loss_by_timestep(jnp.ones(1), jnp.zeros(1, int), 1000)
     with MetricLogger(config, first_step=0) as logger:
         logger.flops = 0.4 * 2 * 989e12 * 11
         with logger.paused():
             pass
-        logger.update(1, {"loss": 1.0, "skipped": 0.0, **by_timestep}, waited=0.0)
-    (row,) = read_history(tmp_path)
-    assert row["mfu"] == pytest.approx(0.4) and row["memory_gib"] == 3
+        logger.update(1, {"loss": 1.0, "skipped": 0.0, **by_timestep}, waited=2.2)
+        logger.update(2, {"loss": 1.0, "skipped": 0.0, **by_timestep}, waited=5.0)
+    first, second = read_history(tmp_path)
+    assert first["mfu"] == pytest.approx(0.4) and first["memory_gib"] == 3
+    assert second["mfu"] == pytest.approx(0.44)
+    # Of the seconds since the last reading.
+    assert first["waiting_for_data"] == pytest.approx(2.2 / 11)
+    assert second["waiting_for_data"] == pytest.approx(5 / 10)
+
+
+def test_a_loss_that_is_not_finite_spoils_its_own_bucket_alone():
+    metrics = loss_by_timestep(jnp.array([jnp.nan, 3.0]), jnp.array([0, 999]), 1000)
+    np.testing.assert_array_equal(metrics["loss_in_bucket"], [np.nan, *[0.0] * 8, 1.5])
+    np.testing.assert_array_equal(metrics["bucket_count"], [0.5, *[0.0] * 8, 0.5])
 
 
 @pytest.mark.long  # Its service takes seconds to start.

@@ -39,6 +39,7 @@ from bootpig_jax.training.step import (
     encode,
     first_state,
     init_state,
+    loss_by_timestep,
     make_train_step,
     merge_parameters,
     split_parameters,
@@ -367,6 +368,35 @@ def scan_primitives(jaxpr: Any) -> set[str]:
             else:
                 found |= scan_primitives(inner)
     return found
+
+
+def test_one_gradient_that_is_not_finite_changes_nothing(parts, monkeypatch):
+    """... although the loss is finite; `run` has shown the reverse."""
+    gradients = {name: np.ones_like(array) for name, array in parts.trainable.items()}
+    next(iter(gradients.values())).flat[-1] = np.inf
+    metrics = loss_by_timestep(jnp.ones(1), jnp.zeros(1, int), 1000)
+    monkeypatch.setattr(
+        "bootpig_jax.training.step.accumulate",
+        lambda *_: ((jnp.ones(()), metrics), jax.tree.map(jnp.asarray, gradients)),
+    )
+    config = configuration()
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = init_state(dict(parts.trainable), optimizer, mesh, 1)
+    before = jax.device_get(state)
+    step = make_train_step(parts.graphs, optimizer, config, mesh, state, parts.frozen)
+    state, metrics = step(state, parts.frozen, place_batch(parts.pictures, mesh))
+    assert metrics["skipped"] == 1 and metrics["loss"] == 1 and state.step == 1
+    after = dataclasses.replace(jax.device_get(state), step=before.step)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_what_is_trained_is_kept_in_full_precision(model_folder):
+    model = load_stable_diffusion(model_folder)
+    bootpig, half = BootPIG.from_unet(model.unet), jnp.dtype("bfloat16")
+    _, trainable, frozen = take_apart(model, bootpig, TrainableConfig(), half)
+    assert {array.dtype for array in jax.tree.leaves(trainable)} == {FLOAT32}
+    assert {array.dtype for array in jax.tree.leaves(frozen)} == {half}
 
 
 def test_accumulate_is_the_mean_over_parts():
