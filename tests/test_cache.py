@@ -128,8 +128,9 @@ def test_bfloat16_survives(tmp_path, config):
     np.testing.assert_array_equal(record["text"], values[1])
 
 
-def test_a_flipped_bit_is_found(config):
-    path = config.data.cache / "reference.npy"
+@pytest.mark.parametrize("name", ["target", "reference", "text", "reference_text"])
+def test_a_flipped_bit_is_found(config, name):
+    path = config.data.cache / f"{name}.npy"
     whole = path.read_bytes()
     try:
         content = bytearray(whole)

@@ -324,6 +324,8 @@ def test_cuts_between_two_frames_are_found_by_the_count(shard: Path, tmp_path: P
             _read_all(cut, 8)
         end += 16 + len(reader[count])
     assert end == len(whole)
+    with pytest.raises(UserError, match=": 8 records .* says 7"):  # nor may there be more
+        ShardReader(shard, expected_count=7)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
