@@ -5,6 +5,7 @@ each, a negative prompt, a seed. The noise that the other side is given is the p
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,69 +240,76 @@ def masked(name: str) -> tuple[np.ndarray, np.ndarray, Box]:
     return picture(2, *shape), mask, window
 
 
+def kept(model: TorchModel, name: str) -> Kept:
+    image, mask, window = masked(name)
+    seen = view(image, window, HEIGHT, WIDTH)
+    return Kept(model.encode(seen), touched_latents(mask, window, *LATENTS))
+
+
+def noise_and_prompts() -> Iterator[tuple[torch.Tensor, str]]:
+    """Of each picture, in the order in which they are handed over."""
+    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS)
+    return zip(noise, [prompt for prompt in PROMPTS for _ in range(2)], strict=True)
+
+
 def test_inpainting_equals_a_literal_loop(folders: Folders) -> None:
+    """Guided at the last two of three steps only."""
     folder, bootpig = folders("sd15")
     pipeline = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)
     model = TorchModel.load(folder, bootpig)
-    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS)
+    how: dict[str, Any] = {"solver": "dpmpp_2m", "guidance_interval": (0.3, 1.0)}
     for name in MASKED:
         image, mask, window = masked(name)
         ours = pipeline(
             PROMPTS,
             image=Image.fromarray(image),
             mask=Image.fromarray(mask),
-            solver="dpmpp_2m",
             num_inference_steps=3,
+            **how,
             **OPTIONS,
         )
-        kept = Kept(
-            model.encode(view(image, window, HEIGHT, WIDTH)),
-            touched_latents(mask, window, *LATENTS),
-        )
-        theirs = [
-            model.draw(row, prompt, solver="dpmpp_2m", steps=3, kept=kept, **GUIDANCE)
-            for row, prompt in zip(noise, np.repeat(PROMPTS, 2), strict=True)
+        drawn = [
+            model.draw(noise, prompt, steps=3, kept=kept(model, name), **how, **GUIDANCE)
+            for noise, prompt in noise_and_prompts()
         ]
-        assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
+        theirs = [pasted(image, mask, window, picture) for picture in drawn]
+        assert_same_pictures(ours, theirs, mask)
         for found in ours:
             np.testing.assert_array_equal(np.asarray(found)[~mask], image[~mask])
 
 
 def test_inpainting_with_references_equals_a_literal_loop(folders: Folders) -> None:
-    """Clean references, a caption of their own, and a picture that shows through."""
+    """With a picture that shows through, and clean references with a caption of their own."""
     folder, bootpig = folders("sd15")
     image, mask, window = masked("in a corner")
-    reference, seen = transparent()
-    how: dict[str, Any] = {"solver": "ddim", "strength": 0.6}
+    how: dict[str, Any] = {"solver": "ddim", "strength": 0.6, "image_guidance_scale": 2.0}
+    shots = [transparent(), grey_and_turned_by_the_camera()]
     ours = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)(
         PROMPTS,
-        [reference],
+        [shot for shot, _ in shots],
         image=Image.fromarray(image),
         mask=Image.fromarray(mask),
-        image_guidance_scale=2.0,
         reference_timestep=0,
         reference_caption="a phone",
+        strategy="average",
         num_inference_steps=5,
         **how,
         **OPTIONS,
     )
     model = TorchModel.load(folder, bootpig)
+    latents = torch.stack([model.encode(seen) for _, seen in shots])
+    references = References(latents, None, "a phone", strategy="average")
     theirs = [
         model.draw(
             noise,
             prompt,
-            references=References(model.encode(seen)[None], None, "a phone", 2.0),
-            kept=Kept(
-                model.encode(view(image, window, HEIGHT, WIDTH)),
-                touched_latents(mask, window, *LATENTS),
-            ),
             steps=5,
+            references=references,
+            kept=kept(model, "in a corner"),
             **how,
             **GUIDANCE,
         )
-        for noise, prompt in zip(
-            initial_noise(SEED, len(PROMPTS), 2, *LATENTS), np.repeat(PROMPTS, 2), strict=True
-        )
+        for noise, prompt in noise_and_prompts()
     ]
     assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
 
@@ -346,52 +354,46 @@ PICTURES = (transparent, before_a_plain_background, grey_and_turned_by_the_camer
 
 
 @pytest.mark.parametrize(
-    ("kind", "sets", "options"),
+    ("kind", "subjects", "options", "captions"),
     [
-        ("sd21", [PICTURES[1:2], PICTURES[2:]], {"reference_caption": "first_clause"}),
-        ("sd21base", [PICTURES, PICTURES], {"reference_scale": 1.1}),
+        (
+            "sd21",
+            [PICTURES[1:2], PICTURES[2:]],
+            {"reference_caption": "first_clause"},
+            ["A photo of a dog", PROMPTS[1]],
+        ),
+        ("sd21base", [PICTURES], {"reference_scale": 1.1}, PROMPTS),
     ],
-    ids=["one of each subject", "three of one subject"],
+    ids=["one picture of each prompt's subject", "three pictures of one subject"],
 )
 def test_references_to_pixels_equal_the_equations(
-    folders: Folders, kind: Kind, sets: Any, options: dict[str, Any]
+    folders: Folders, kind: Kind, subjects: Any, options: dict[str, Any], captions: list[str]
 ) -> None:
-    """As in the paper: references that are noised afresh at each step, UniPC, Eq. 4."""
+    """The paper's way: references are noised afresh at each step of UniPC."""
     folder, bootpig = folders(kind)
-    steps, k = 3, len(sets[0])
-    shots = [[take() for take in subject] for subject in sets]
+    how: dict[str, Any] = {"solver": "unipc", "image_guidance_scale": 2.0}
+    shots = [[take() for take in subject] for subject in subjects]
     images = [[image for image, _ in subject] for subject in shots]
     ours = BootPIGPipeline.from_pretrained(folder, bootpig=bootpig)(
         PROMPTS,
-        images if sets[0] != sets[1] else images[0],
-        image_guidance_scale=2.0,
-        num_inference_steps=steps,
+        images[0] if len(images) == 1 else images,
+        num_inference_steps=3,
+        **how,
         **options,
         **OPTIONS,
     )
     model = TorchModel.load(folder, bootpig)
-    captions = PROMPTS if "reference_caption" not in options else ["A photo of a dog", PROMPTS[1]]
-    references = [
-        References(
+    references = {
+        prompt: References(
             torch.stack([model.encode(seen) for _, seen in subject]),
-            reference_noise(SEED, p, steps, k, *LATENTS),
+            reference_noise(SEED, p, 3, len(subject), *LATENTS),
             captions[p],
-            image_guidance_scale=2.0,
             key_scale=options.get("reference_scale", 1.0),
         )
-        for p, subject in enumerate(shots)
-    ]
-    noise = initial_noise(SEED, len(PROMPTS), 2, *LATENTS)
+        for p, (prompt, subject) in enumerate(zip(PROMPTS, itertools.cycle(shots), strict=False))
+    }
     theirs = [
-        model.draw(
-            noise[2 * p + j],
-            prompt,
-            solver="unipc",
-            steps=steps,
-            references=references[p],
-            **GUIDANCE,
-        )
-        for p, prompt in enumerate(PROMPTS)
-        for j in range(2)
+        model.draw(noise, prompt, steps=3, references=references[prompt], **how, **GUIDANCE)
+        for noise, prompt in noise_and_prompts()
     ]
     assert_same_pictures(ours, theirs)

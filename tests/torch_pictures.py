@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tests.torch_bootpig import Process, TorchBootPIG
+from tests.torch_bootpig import Features, Process, TorchBootPIG
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
@@ -80,7 +80,6 @@ class References:
     latents: Tensor
     noise: Tensor | None
     caption: str
-    image_guidance_scale: float
     key_scale: float = 1.0
     strategy: str = "softmax"
 
@@ -149,10 +148,12 @@ class TorchModel:
         steps: int,
         strength: float = 1.0,
         guidance_scale: float,
+        image_guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         references: References | None = None,
         kept: Kept | None = None,
     ) -> np.ndarray:
-        """One picture: Eq. 4 at every timestep, or without references classifier-free guidance."""
+        """One picture, by Eq. 4 at every timestep; without references its middle term is 0."""
         config = read_config(self.folder)
         process = Process(
             config["beta_start"], config["beta_end"], config.get("prediction_type", "epsilon")
@@ -170,40 +171,33 @@ class TorchModel:
             if kept is not None:
                 x = torch.where(kept.touched, x, process.noised(kept.latents, noise, t)[0])
             at = (x[None], t[None])
-            u = self.unets.predict(*at, empty, [])
-            if references is None:
-                u_text = self.unets.predict(*at, text, [])
-                guided = u + guidance_scale * (u_text - u)
-            else:
-                seen = [
-                    self._reference_features(process, references, i, k, t)
-                    for k in range(len(references.latents))
-                ]
-                how: dict[str, Any] = {
-                    "key_scale": references.key_scale,
-                    "strategy": references.strategy,
-                }
+            seen: list[Features] = []
+            how: dict[str, Any] = {}
+            if references is not None:
+                seen = self._features_at(references, process, i, t)
+                how = {"key_scale": references.key_scale, "strategy": references.strategy}
+            output = u_rsa_text = self.unets.predict(*at, text, seen, **how)
+            if guidance_interval[0] <= i / len(timesteps) < guidance_interval[1]:
+                u = self.unets.predict(*at, empty, [])
                 u_rsa = self.unets.predict(*at, empty, seen, **how)
-                u_rsa_text = self.unets.predict(*at, text, seen, **how)
-                guided = (
-                    u
-                    + references.image_guidance_scale * (u_rsa - u)
-                    + guidance_scale * (u_rsa_text - u_rsa)
+                output = (
+                    u + image_guidance_scale * (u_rsa - u) + guidance_scale * (u_rsa_text - u_rsa)
                 )
-            x = scheduler.step(guided[0], t, x).prev_sample
+            x = scheduler.step(output[0], t, x).prev_sample
         if kept is not None:
             x = torch.where(kept.touched, x, kept.latents)
         return self.decode(x)
 
-    def _reference_features(
-        self, process: Process, references: References, i: int, k: int, t: Tensor
-    ) -> dict[str, Tensor]:
-        latents = references.latents[k][None]
+    def _features_at(
+        self, references: References, process: Process, i: int, t: Tensor
+    ) -> list[Features]:
+        """Of each reference, noised with step i's noise to its t."""
+        text = self.features(references.caption)
         if references.noise is None:
-            t = torch.zeros_like(t)
+            latents, t = references.latents, torch.zeros_like(t)
         else:
-            latents = process.noised(latents, references.noise[i][k][None], t)
-        return self.unets.features(latents, t[None], self.features(references.caption))
+            latents = process.noised(references.latents, references.noise[i], t)
+        return [self.unets.features(one[None], t[None], text) for one in latents]
 
 
 Box = tuple[int, int, int, int]  # top, left, height, width
