@@ -142,7 +142,7 @@ def test_options_equal_the_equations(arrays: dict[str, Any], schedule: NoiseSche
             **arrays,
             **SCALES,
             solver=make_solver("unipc", schedule, STEPS),
-            guidance_interval=(0.3, 0.6),
+            guidance_interval=(1 / 3, 2 / 3),  # of steps at 0, 1/3 and 2/3, the second
             reuse_features=2,
             kept=KeptLatents(original, mask),
             start_from=original,

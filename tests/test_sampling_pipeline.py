@@ -20,6 +20,7 @@ from bootpig_jax.sampling.batches import draw_noise, make_batches
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.denoise import denoise, denoise_with_references
+from bootpig_jax.sampling.pipeline import _dtype
 from bootpig_jax.sampling.references import prepare_references
 from bootpig_jax.sampling.requests import Cancelled, Progress, Request
 from bootpig_jax.sampling.settings import SamplingSettings
@@ -134,6 +135,66 @@ def test_exported_conditioning_is_followed(
     assert not np.array_equal(clean, drawn)
     asked = np.stack(trained_clean(PROMPTS, references, **OPTIONS, reference_timestep="same"))
     np.testing.assert_array_equal(asked, drawn)
+    scaled = BootPIGPipeline(
+        pipeline.model, pipeline.reference_unet, Conditioning(reference_key_scale=1.3)
+    )
+    np.testing.assert_array_equal(
+        np.stack(scaled(PROMPTS, references, **OPTIONS)),
+        np.stack(pipeline(PROMPTS, references, **OPTIONS, reference_scale=1.3)),
+    )
+
+
+def test_the_reference_unet_reads_what_it_was_trained_with_unless_asked_otherwise(
+    pipeline: BootPIGPipeline,
+) -> None:
+    trained = Conditioning(reference_caption="first_clause")
+    trained_so = BootPIGPipeline(pipeline.model, pipeline.reference_unet, trained)
+    prompt = "A photo of a red dog, in the snow"
+    for asked, expected in (
+        (None, "A photo of a red dog"),
+        ("target", prompt),
+        ("object", "red dog"),
+        ("my dog", "my dog"),
+    ):
+        settings = SamplingSettings(reference_caption=asked)
+        assert trained_so.reference_caption(prompt, settings) == expected
+
+
+def test_pictures_are_pasted_into_their_own_originals(
+    pipeline: BootPIGPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = np.random.default_rng(0).standard_normal((4, 8, 8, 4)).astype(np.float32)
+    monkeypatch.setattr(
+        "bootpig_jax.sampling.pipeline.denoise", lambda *_, **__: jnp.asarray(drawn)
+    )
+    settings = SamplingSettings(num_inference_steps=2)
+    images = [picture(7), picture(8)]
+    masks = np.zeros((2, 16, 16), bool)
+    masks[0, :5], masks[1, 9:] = True, True
+    requests = [
+        Request(
+            "a dog",
+            settings,
+            original=pipeline.encode_original(image, Image.fromarray(mask), settings),
+        )
+        for image, mask in zip(images, masks, strict=True)
+    ]
+    found = pipeline.draw_batch(requests, [0, 1])
+    for row, one in enumerate(found):
+        mask = masks[row // 2]
+        np.testing.assert_array_equal(np.asarray(one)[~mask], np.asarray(images[row // 2])[~mask])
+        assert (np.asarray(one)[mask] != np.asarray(images[row // 2])[mask]).any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_precision_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch, backend: str, expected: str
+) -> None:
+    """The range of float16 does not hold Stable Diffusion's activations."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert _dtype("auto") == expected
 
 
 def test_conditioning_file(tmp_path: Path) -> None:
@@ -166,6 +227,12 @@ def test_conditioning_file(tmp_path: Path) -> None:
 def test_reference_caption(kind: Any, expected: str) -> None:
     conditioning = Conditioning(reference_caption=kind)
     assert conditioning.caption("A photo of a red dog, in the snow, at night") == expected
+
+
+def test_an_object_loses_its_article() -> None:
+    conditioning = Conditioning(reference_caption="object")
+    for prompt in ("A photo of an apple, red", "a Photo of the apple", "apple, on a table"):
+        assert conditioning.caption(prompt) == "apple"
 
 
 @pytest.mark.parametrize(
