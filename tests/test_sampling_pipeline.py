@@ -194,7 +194,7 @@ def test_precision_follows_the_device(
 ) -> None:
     """The range of float16 does not hold Stable Diffusion's activations."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _dtype("auto") == expected
+    assert _dtype("auto").name == expected
 
 
 def test_conditioning_file(tmp_path: Path) -> None:
