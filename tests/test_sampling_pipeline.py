@@ -20,7 +20,6 @@ from bootpig_jax.sampling.batches import draw_noise, make_batches
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.denoise import denoise, denoise_with_references
-from bootpig_jax.sampling.pipeline import _dtype
 from bootpig_jax.sampling.references import prepare_references
 from bootpig_jax.sampling.requests import Cancelled, Progress, Request
 from bootpig_jax.sampling.settings import SamplingSettings
@@ -184,17 +183,6 @@ def test_pictures_are_pasted_into_their_own_originals(
         mask = masks[row // 2]
         np.testing.assert_array_equal(np.asarray(one)[~mask], np.asarray(images[row // 2])[~mask])
         assert (np.asarray(one)[mask] != np.asarray(images[row // 2])[mask]).any()
-
-
-@pytest.mark.parametrize(
-    ("backend", "expected"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
-)
-def test_precision_follows_the_device(
-    monkeypatch: pytest.MonkeyPatch, backend: str, expected: str
-) -> None:
-    """The range of float16 does not hold Stable Diffusion's activations."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _dtype("auto").name == expected
 
 
 def test_conditioning_file(tmp_path: Path) -> None:
