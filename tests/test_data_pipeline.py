@@ -366,6 +366,26 @@ def test_paper_varies_size_place_and_side_and_keeps_the_subject_whole() -> None:
     assert 0.4 < np.mean(flipped) < 0.6
 
 
+def test_every_place_where_the_subject_fits_is_taken() -> None:
+    subject = np.zeros((7, 8, 3), np.uint8)
+    places = set()
+    for seed in range(200):
+        canvas = augment.place(subject, np.random.default_rng(seed), size=10)
+        places.add(tuple(np.argwhere(canvas[..., 0] == 0)[0]))
+    assert places == {(y, x) for y in range(4) for x in range(3)}
+
+
+def test_smaller_pictures_are_means_and_larger_ones_do_not_overshoot() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    means = picture.reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
+    edge = np.full((8, 8, 3), 50, np.uint8)
+    edge[:, 4:] = 200
+    for resize in (augment.resize_square, augment.resize_longest):
+        assert np.abs(resize(picture, 8) - means).max() <= 0.51
+        larger = resize(edge, 20)
+        assert larger.min() == 50 and larger.max() == 200
+
+
 def test_release_fills_the_canvas() -> None:
     whole = augment.Augmentation(scale=augment.RELEASE.scale)
     picture, mask = make_picture(0)
