@@ -6,13 +6,14 @@ joined tokens.
 """
 
 import functools
-import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel, UniPCMultistepScheduler
 
 from bootpig_jax.attention import STRATEGIES, Strategy
@@ -31,16 +32,22 @@ def normal(name: str, *shape: int) -> np.ndarray:
     return np.random.default_rng(list(name.encode())).standard_normal(shape, np.float32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """On arrays this small, more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # One reference needs no pooling, so one strategy stands for all.
 @pytest.mark.parametrize(
     ("count", "strategy"),
     [
-        (3, "softmax"),
-        *(
-            pytest.param(count, strategy, marks=pytest.mark.long)
-            for count, strategy in [(1, "softmax"), *itertools.product((3, 6), STRATEGIES)]
-            if (count, strategy) != (3, "softmax")
-        ),
+        (1, "softmax"),
+        *((3, strategy) for strategy in STRATEGIES),
+        *(pytest.param(6, strategy, marks=pytest.mark.long) for strategy in STRATEGIES),
     ],
 )
 def test_ten_steps(bootpig_folder: Path, count: int, strategy: Strategy) -> None:
