@@ -237,21 +237,22 @@ def test_inpainting_equals_diffusers_where_the_mask_follows_the_latents(
     assert_same_pictures(ours, [pasted(image, mask, window, drawn) for drawn in theirs], mask)
 
 
-# A mask in a picture, and what the model is to see: twice the mask's height and width, but not over
-# the picture's right edge; and a mask that no window in the picture holds.
+# The size of a picture, the box of a mask in it, and what the model is to see: twice the mask's
+# height and width, but not over the picture's right edge; and a mask that no window in the picture
+# holds, which is so deep that the seam is as wide as it gets.
 MASKED: dict[str, tuple[tuple[int, int], Box, Box]] = {
     "in a corner": ((46, 60), (30, 44, 10, 14), (25, 30, 20, 30)),
-    "as wide as the picture": ((20, 60), (5, 2, 9, 56), (-9, 2, 37, 56)),
+    "up to three edges": ((20, 60), (0, 20, 20, 40), (-4, 20, 27, 40)),
 }
 
 
 def masked(name: str) -> tuple[np.ndarray, np.ndarray, Box]:
-    """A picture, a mask with a bay and a single pixel, and the window."""
+    """A picture, its mask with a bay and a single pixel in that, and the window."""
     shape, (top, left, height, width), window = MASKED[name]
     mask = np.zeros(shape, bool)
     mask[top : top + height, left : left + width] = True
-    mask[top : top + 3, left + 4 : left + width] = False
-    mask[top, left + width - 1] = True
+    mask[top : top + 5, left : left + 6] = False
+    mask[top + 2, left + 3] = True
     return picture(2, *shape), mask, window
 
 
@@ -283,8 +284,9 @@ def test_inpainting_equals_a_literal_loop(folders: Folders) -> None:
             **how,
             **OPTIONS,
         )
+        original = kept(model, name)
         drawn = [
-            model.draw(noise, prompt, steps=3, kept=kept(model, name), **how, **GUIDANCE)
+            model.draw(noise, prompt, steps=3, kept=original, **how, **GUIDANCE)
             for noise, prompt in noise_and_prompts()
         ]
         theirs = [pasted(image, mask, window, picture) for picture in drawn]
@@ -314,13 +316,14 @@ def test_inpainting_with_references_equals_a_literal_loop(folders: Folders) -> N
     model = TorchModel.load(folder, bootpig)
     latents = torch.stack([model.encode(seen) for _, seen in shots])
     references = References(latents, None, "a phone", strategy="average")
+    original = kept(model, "in a corner")
     theirs = [
         model.draw(
             noise,
             prompt,
             steps=5,
             references=references,
-            kept=kept(model, "in a corner"),
+            kept=original,
             **how,
             **GUIDANCE,
         )

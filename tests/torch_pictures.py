@@ -205,19 +205,19 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 def touched_latents(mask: np.ndarray, window: Box, height: int, width: int) -> Tensor:
     """The latents [height, width] of a window under which any part of a masked pixel lies."""
-    top, left, rows, columns = window
-    # What one latent covers, in pixels of the picture.
-    tall, wide = Fraction(rows, height), Fraction(columns, width)
     touched = np.zeros((height, width), bool)
-    for y, x in np.argwhere(mask):
-        for i in range(height):
-            for j in range(width):
-                above = y + 1 <= top + i * tall
-                below = y >= top + (i + 1) * tall
-                before = x + 1 <= left + j * wide
-                after = x >= left + (j + 1) * wide
-                touched[i, j] |= not (above or below or before or after)
+    for i in range(height):
+        for j in range(width):
+            rows = _covered(i, height, window[0], window[2])
+            columns = _covered(j, width, window[1], window[3])
+            touched[i, j] = mask[rows, columns].any()
     return torch.from_numpy(touched)
+
+
+def _covered(i: int, latents: int, start: int, length: int) -> slice:
+    """The pixels of a picture that the latent i of a row or column covers, in part at least."""
+    first, end = Fraction(i * length, latents), Fraction((i + 1) * length, latents)
+    return slice(max(0, start + math.floor(first)), max(0, start + math.ceil(end)))
 
 
 def view(rgb: np.ndarray, window: Box, height: int, width: int) -> np.ndarray:
