@@ -107,6 +107,13 @@ def test_an_autoencoder_without_loss_gives_back_every_level() -> None:
     np.testing.assert_allclose(latents[0, ..., :3], 0.5 * (LEVELS / 127.5 - 1), rtol=0, atol=1e-6)
 
 
+def test_decoded_pictures_are_cut_off_at_both_ends() -> None:
+    """Before they become levels: some devices' conversion to 8 bits wraps around."""
+    latents = jnp.array([-4.0, -0.3, 0.5, 3.0]).reshape(1, 2, 2, 1).repeat(4, axis=-1)
+    found = PixelVAE().decode_latents(latents)[0, ::2, ::2, 0]
+    np.testing.assert_allclose(found, [[-1, -0.6], [1, 1]], rtol=1e-6)
+
+
 def test_foregrounds_are_scored_with_the_levels_they_have() -> None:
     """`prepare_reference` goes to [-1, 1], and the score's pictures back to levels."""
     rgba = np.dstack([LEVELS, np.full((16, 16), 255, np.uint8)])
