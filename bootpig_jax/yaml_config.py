@@ -70,13 +70,16 @@ def load_config(
     try:
         # Going through JSON lets strict mode take a list for a tuple and a string for a path.
         return model_cls.model_validate_json(json.dumps(values), strict=True)
+    except RecursionError:
+        raise UserError(f"{origin}: is nested too deeply") from None
     except pydantic.ValidationError as error:
         raise UserError(_explain(error, model_cls, sources, origin)) from None
 
 
 def dump_config(model: pydantic.BaseModel) -> str:
     """Returns the configuration as YAML that `load_config` reads back to an equal model."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = model.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_command_line(
@@ -154,6 +157,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text that `_StrictLoader` would take for a number, such as `1e4`."""
+
+
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = str(loader.construct_scalar(node)).lower()
     if text.lstrip("+-") in (".inf", ".nan"):
@@ -175,9 +182,10 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
-    )
+    for _resolver in (_StrictLoader, _Dumper):
+        _resolver.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
+        )
 
 
 def _parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:

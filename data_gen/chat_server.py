@@ -223,7 +223,7 @@ def retry_after(headers: Mapping[str, str]) -> float:
         try:
             then, now = (parsedate_to_datetime(t) for t in (text, headers.get("date", "")))
             seconds = (then - now).total_seconds()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return 0.0
     return seconds if seconds > 0 else 0.0  # also for NaN
 

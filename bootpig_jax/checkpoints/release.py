@@ -28,6 +28,6 @@ def is_release(bootpig: str | Path) -> bool:
 def _class_name(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # what is wrong with it, loading the weights will say
-        return None
+    except (OSError, ValueError, RecursionError):
+        return None  # what is wrong with it, loading the weights will say
     return config.get("_class_name") if isinstance(config, dict) else None

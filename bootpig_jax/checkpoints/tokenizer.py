@@ -190,7 +190,7 @@ def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, A
         return dict(default)
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the file anew") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; copy the file anew")

@@ -214,7 +214,7 @@ def _checked(folder: Path, contents: Contents) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         done = int(description["done"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"data.cache: {path} is damaged: {error}; make the cache again") from None
     for name, value in dataclasses.asdict(contents).items():
         if description.get(name) != value:

@@ -544,7 +544,7 @@ def read_split(folder: str | os.PathLike[str], split: str = "train") -> Split:
         raise UserError(
             f"{path}: cannot read it ({error.strerror}); is this the folder data_gen wrote?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged JSON; run data_gen again to rewrite it") from error
     try:
         counts_of = {
@@ -553,7 +553,11 @@ def read_split(folder: str | os.PathLike[str], split: str = "train") -> Split:
             for entry in info["splits"]
         }
         dataset = info["name"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not all(map(_NAME.fullmatch, (dataset, *counts_of))):
+            raise ValueError("a name of another form")
+        if any(count < 0 for counts in counts_of.values() for count in counts):
+            raise ValueError("a negative count")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a TFDS description of splits; run data_gen again") from error
     if split not in counts_of:
         raise UserError(f"{path}: no split {split!r}; it has {', '.join(sorted(counts_of))}")

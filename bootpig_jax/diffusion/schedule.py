@@ -102,7 +102,9 @@ class NoiseSchedule:
                 "beta_schedule",
                 "missing, so this is no DDPM-type schedule; use a Stable Diffusion 1.x or 2.x one",
             )
-        defaulted = set(config.get("_use_default_values") or ())
+        defaulted = config.get("_use_default_values") or []
+        if not isinstance(defaulted, list):
+            raise _field_error("_use_default_values", f"must be a list, not {defaulted!r}")
         fields = {name: value for name, value in config.items() if name not in defaulted}
         for name, required in _FIXED_FIELDS.items():
             if fields.get(name, required) != required:

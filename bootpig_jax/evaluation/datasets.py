@@ -245,10 +245,12 @@ def parse_prompts_and_classes(
 
 def _parse_templates(assignment: str) -> tuple[str, ...]:
     try:
-        statement = ast.parse(assignment).body[0]
-    except (SyntaxError, ValueError, RecursionError):
+        (statement,) = ast.parse(assignment).body
+    # Python's parser has a stack of its own, and calls its overflow a lack of memory.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(f"{PROMPTS_FILE}: a list of prompts is not valid Python") from None
-    assert isinstance(statement, ast.Assign) and isinstance(statement.value, ast.List)
+    if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.List)):
+        raise UserError(f"{PROMPTS_FILE}: a list of prompts is not of the form NAME = [...]")
     templates = []
     for element in statement.value.elts:
         match element:
@@ -260,8 +262,9 @@ def _parse_templates(assignment: str) -> tuple[str, ...]:
             ):
                 templates.append(template)
             case _:
+                written = ast.get_source_segment(assignment, element) or ""
                 raise UserError(
-                    f"{PROMPTS_FILE}: {ast.unparse(element)} is no prompt of the form "
+                    f"{PROMPTS_FILE}: {' '.join(written.split())[:80]} is no prompt of the form "
                     "'a {0} {1} ...'.format(unique_token, class_token)"
                 )
     return tuple(templates)

@@ -334,7 +334,7 @@ def _needs_pickle(folder: Path) -> bool:
 def _read_config(name: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError(
             f"--embedder {name}: {folder / 'config.json'} is missing or no JSON"
         ) from None

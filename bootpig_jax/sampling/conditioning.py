@@ -55,7 +55,7 @@ class Conditioning:
             return cls()
         try:
             fields: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error}); export the model anew") from None
         if not isinstance(fields, dict):
             raise UserError(f"{path}: not a JSON object; export the model anew")

@@ -32,8 +32,10 @@ from bootpig_jax.sampling.settings import (
 from bootpig_jax.yaml_config import ConfigModel
 
 KEY = "bootpig"
-MAX_JSON = 256 * 1024  # bytes of the text chunk; two longest prompts, escaped, fit
 MAX_PATH = 4096
+# Characters of the text chunk: the longest texts and paths fit, twelve for each of their characters
+# that JSON writes as two escapes, and 16 KiB for all else.
+MAX_JSON = 12 * (3 * MAX_TEXT + (MAX_REFERENCES + 4) * MAX_PATH) + 16 * 1024
 
 Name = Annotated[str, Field(max_length=MAX_PATH)]
 Index = Annotated[int, Field(ge=0, lt=2**31)]
