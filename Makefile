@@ -18,11 +18,8 @@ INSTALLED_TF := .venv-tf/.installed
 SOURCES := bootpig_jax data_gen benchmarks tests
 WEIGHTS := bootpig_jax/toyland/weights
 
-# For programs that XLA runs on a CPU: its large temporary arrays in large pages that are kept from
-# one step to the next, and the faster of its two ways to run convolutions (1.4 times the training
-# speed on 2 cores).
-quickstart toyland reproduce app: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736:glibc.malloc.trim_threshold=68719476736
-quickstart toyland reproduce app: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type=-individual_convolution
+# What XLA's programs on a CPU are faster with.
+CPU_ENV := source launch/cpu_env.sh &&
 
 .PHONY: install quickstart app toyland reproduce test test-tfds test-long mutants torture bench-train bench-sample lint typecheck format clean
 
@@ -39,25 +36,25 @@ $(INSTALLED): pyproject.toml constraints.txt constraints-app.txt
 	touch $(INSTALLED)
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m bootpig_jax.toyland.quickstart
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.toyland.quickstart
 
 # The page to draw with, on the models that ship with the project.
 app: $(INSTALLED)
-	$(BIN)/python -m bootpig_jax.app --model $(WEIGHTS)/sd --bootpig $(WEIGHTS)/bootpig \
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.app --model $(WEIGHTS)/sd --bootpig $(WEIGHTS)/bootpig \
 		--steps 20 --guidance 3 --image-guidance 3 --examples toyland
 
 # Trains the models that ship with the project from nothing, or goes on doing so.
 toyland: $(INSTALLED)
-	$(BIN)/python -m bootpig_jax.toyland.train_sd --run runs/toyland_sd --output $(WEIGHTS)/sd
-	$(BIN)/python -m data_gen.run --config configs/data_gen_toyland.yaml
-	$(BIN)/python -m bootpig_jax.train --config configs/toyland.yaml
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.toyland.train_sd --run runs/toyland_sd --output $(WEIGHTS)/sd
+	$(CPU_ENV) $(BIN)/python -m data_gen.run --config configs/data_gen_toyland.yaml
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.train --config configs/toyland.yaml
 	mkdir -p $(WEIGHTS)/bootpig
 	cp -r runs/toyland/training/{base_unet,ref_unet,bootpig.json} $(WEIGHTS)/bootpig/
-	$(BIN)/python -m bootpig_jax.toyland.evaluate --cases 256 --output runs/toyland/report.json
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.toyland.evaluate --cases 256 --output runs/toyland/report.json
 
 # The paper's tables and figures in miniature, or goes on making them.
 reproduce: $(INSTALLED)
-	$(BIN)/python -m bootpig_jax.toyland.reproduce
+	$(CPU_ENV) $(BIN)/python -m bootpig_jax.toyland.reproduce
 
 test: lint typecheck
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
@@ -87,13 +84,14 @@ mutants: $(INSTALLED)
 torture: $(INSTALLED)
 	$(BIN)/python -m pytest -m "torture or promise"
 
-# One training step against the same in PyTorch; not beside other work.
+# One training step against the same in PyTorch; not beside other work. On an accelerator:
+# `python -m benchmarks.train --device gpu`.
 bench-train: $(INSTALLED)
-	$(BIN)/python -m benchmarks.train --output benchmarks/results/train_cpu.json
+	$(BIN)/python -m benchmarks.train --device cpu --output benchmarks/results/train_cpu.json
 
 # One guided step of sampling at full size against the same in PyTorch; about 75 minutes, and 12 GB.
 bench-sample: $(INSTALLED)
-	$(BIN)/python -m benchmarks.sample time --output benchmarks/results/sample_cpu.json
+	$(BIN)/python -m benchmarks.sample time --device cpu --output benchmarks/results/sample_cpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

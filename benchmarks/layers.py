@@ -9,13 +9,12 @@ for `benchmarks.train` to say.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
-from benchmarks.train import ENVIRONMENT
+from benchmarks import devices
 
 BATCH = 2
 # Side, channels in and out.
@@ -149,7 +148,7 @@ def main() -> None:
         json.loads(
             subprocess.run(
                 [sys.executable, "-m", "benchmarks.layers", side],
-                env=os.environ | ENVIRONMENT,
+                env=devices.environment("cpu"),
                 stdout=subprocess.PIPE,
                 check=True,
             ).stdout

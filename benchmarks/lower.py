@@ -5,7 +5,7 @@
 Nothing is allocated and nothing compiled. A line a program: seconds of tracing and of lowering, and
 its kernels by name, as they are written in the program, loops multiplied out. The status is 1 if a
 program fails, or attends plainly where the device has a kernel for the precision and the heads.
-PROGRAM is the beginning of a name; all by default. `--list` names them.
+PROGRAM is a name or the beginning of names; all by default. `--list` shows them.
 
 JAX believes that cuDNN is there because its three questions about it are answered here.
 """
@@ -255,10 +255,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="name the programs and end")
     parser.add_argument("programs", nargs="*", metavar="PROGRAM", help="the beginning of a name")
     options = parser.parse_args(argv)
-    asked = tuple(options.programs) or ("",)
-    names = [name for name in PROGRAMS if name.startswith(asked)]
-    if not names:
-        raise UserError(f"{asked[0]}: no program begins so; --list names them")
+    names = []
+    for asked in options.programs or [""]:
+        names += [asked] if asked in PROGRAMS else [n for n in PROGRAMS if n.startswith(asked)]
+        if not names:
+            raise UserError(f"{asked}: no program begins so; --list names them")
     if options.list:
         print("\n".join(names))
         return

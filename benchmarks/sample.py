@@ -1,10 +1,11 @@
 """What one guided step of sampling costs, in operations and in seconds.
 
     python -m benchmarks.sample flops [--output benchmarks/results/sample_flops.json]
-    python -m benchmarks.sample time [--rounds 2] [--output benchmarks/results/sample_cpu.json]
+    python -m benchmarks.sample time [--device auto|cpu|gpu|tpu] [--rounds 2] [--output FILE]
 
 A step is the references' features and the three branches of Eq. 4, for Stable Diffusion 2.1-base at
-512 px in float32, with random weights; `--scale` makes the UNets narrower.
+512 px with random weights, in float32 on a CPU and bfloat16 on an accelerator; `--scale` makes the
+UNets narrower.
 
 `flops` counts our step and Eq. 4-8 taken literally: each sample makes its own references' features,
 each branch is a network call, each ``RSA(f, f_i)`` of Eq. 5-8 an attention over joined tokens with
@@ -16,14 +17,13 @@ UNets, hooks that collect the reference features, all branches in one call, an a
 that does plain self-attention for every row, and RSA over joined tokens for each reference and row
 that sees it, as the authors' release does. Two such UNets take 7 GB, so only one side is there at a
 time: a process prepares, makes one step to warm up and then those that count, and the sides take
-turns. Memory is the largest the process ever was, compiling included.
+turns. On a GPU PyTorch's UNets are channels last. Memory is the card's, or on a CPU the largest the
+process ever was, compiling included. On a TPU ours is timed alone.
 """
 
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks import devices
 from bootpig_jax.errors import run_cli
 
 SIZES = Path(__file__).parents[1] / "configs" / "models" / "stable-diffusion-2-1-base"
@@ -40,14 +41,6 @@ TOKENS = 77
 IMAGE_GUIDANCE, GUIDANCE = 5.0, 7.5
 COUNTED = [(samples, references) for references in (1, 4, 6) for samples in (1, 4)]
 TIMED = [(samples, references) for references in (1, 4) for samples in (1, 4)]
-# For XLA's programs: the Makefile sets the same for what it trains. PyTorch gets the memory, too.
-ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736"
-    ":glibc.malloc.trim_threshold=68719476736",
-    "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
-    "JAX_PLATFORMS": "cpu",
-}
-
 # To count operations only XLA's own passes matter: this leaves out what makes machine code fast.
 COUNTING = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -186,7 +179,7 @@ def _operations(
 
     from bootpig_jax.kernels import SERIAL
 
-    graph, weights = nnx.split(_unet(scale, SERIAL))
+    graph, weights = nnx.split(_unet(scale, SERIAL, "float32"))
     arrays = shapes(scale, samples, references, latents)
     program = jax.jit(
         lambda base, reference, noise, arrays: step(
@@ -197,7 +190,7 @@ def _operations(
     return lowered.compile().cost_analysis()["flops"] / 1e9
 
 
-def _unet(scale: float, kernels: Any) -> Any:
+def _unet(scale: float, kernels: Any, precision: str) -> Any:
     """A UNet with shapes in the place of its weights."""
     import jax.numpy as jnp
 
@@ -205,8 +198,8 @@ def _unet(scale: float, kernels: Any) -> Any:
     from bootpig_jax.models.unet import UNet, UNetConfig
 
     sizes = UNetConfig.from_dict(unet_sizes(scale))
-    single = jnp.dtype(jnp.float32)
-    return network_shapes(UNet, sizes, dtype=single, param_dtype=single, kernels=kernels)
+    dtype = jnp.dtype(precision)
+    return network_shapes(UNet, sizes, dtype=dtype, param_dtype=dtype, kernels=kernels)
 
 
 def _solver(steps: int) -> Any:
@@ -226,15 +219,15 @@ def ours(scale: float, samples: int, references: int, latents: int, steps: int) 
     import numpy as np
     from flax import nnx
 
-    from bootpig_jax.kernels import kernels_for
+    from bootpig_jax.kernels import compute_dtype, kernels_for
     from bootpig_jax.sampling.denoise import denoise_with_references
 
     rng = np.random.default_rng(0)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.numpy.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
+        return jax.numpy.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
-    graph, weights = nnx.split(_unet(scale, kernels_for()))
+    graph, weights = nnx.split(_unet(scale, kernels_for(), compute_dtype("auto").name))
     base, reference = (nnx.merge(graph, jax.tree.map(filled, weights)) for _ in range(2))
     arrays = jax.tree.map(filled, shapes(scale, samples, references, latents))
     noise = jax.ShapeDtypeStruct((steps, *arrays["reference_latents"].shape), np.float32)
@@ -260,8 +253,14 @@ def theirs(
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
+    on_gpu = torch.cuda.is_available()
+    how: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
+    layout = torch.channels_last if on_gpu else torch.contiguous_format
     sizes = {name: size for name, size in unet_sizes(scale).items() if name[0] != "_"}
-    base, reference = (diffusers.UNet2DConditionModel(**sizes).eval() for _ in range(2))
+    base, reference = (
+        diffusers.UNet2DConditionModel(**sizes).eval().to(**how, memory_format=layout)
+        for _ in range(2)
+    )
     features: dict[str, torch.Tensor] = {}
 
     def attend(attn: Any, f: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -305,9 +304,9 @@ def theirs(
             for name, stock in base.attn_processors.items()
         }
     )
-    x = torch.randn(samples, 4, latents, latents)
-    pictures = torch.randn(samples * references, 4, latents, latents)
-    text = torch.randn(samples, TOKENS, sizes["cross_attention_dim"])
+    x = torch.randn(samples, 4, latents, latents, **how)
+    pictures = torch.randn(samples * references, 4, latents, latents, **how)
+    text = torch.randn(samples, TOKENS, sizes["cross_attention_dim"], **how)
     empty = torch.randn_like(text[:1]).expand_as(text)
     for _ in range(steps):
         started = time.perf_counter()
@@ -315,6 +314,8 @@ def theirs(
         output = base(x.repeat(3, 1, 1, 1), 500, torch.cat([empty, empty, text])).sample
         u_sa, u_rsa, u_rsa_text = output.chunk(3)
         x = u_sa + IMAGE_GUIDANCE * (u_rsa - u_sa) + GUIDANCE * (u_rsa_text - u_rsa)
+        if on_gpu:
+            torch.cuda.synchronize()
         yield time.perf_counter() - started
 
 
@@ -324,13 +325,18 @@ SIDES = {"bootpig_jax": ours, "PyTorch": theirs}
 def work(side: str, scale: float, samples: int, references: int, latents: int, steps: int) -> None:
     """One side's process: prints the seconds of each step but the first, and the peak memory."""
     _, *seconds = SIDES[side](scale, samples, references, latents, 1 + steps)
-    status = Path("/proc/self/status").read_text()
-    peak = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
+    peak = devices.peak_bytes("jax" if side == "bootpig_jax" else "torch")
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
 def compare(
-    scale: float, samples: int, references: int, latents: int, rounds: int, steps: int
+    device: devices.Device,
+    scale: float,
+    samples: int,
+    references: int,
+    latents: int,
+    rounds: int,
+    steps: int,
 ) -> dict[str, Any]:
     """Times both sides in turns.
 
@@ -338,15 +344,17 @@ def compare(
       For each side seconds a step (all, their least and their median) and its peak memory, and both
       sides' ratios, PyTorch's over ours.
     """
-    results: dict[str, Any] = {side: {"seconds": [], "peak_gib": 0.0} for side in SIDES}
+    sides = SIDES if device != "tpu" else ["bootpig_jax"]
+    results: dict[str, Any] = {side: {"seconds": [], "peak_gib": 0.0} for side in sides}
     options = {"scale": scale, "samples": samples, "references": references}
     options |= {"latents": latents, "steps": steps}
     for number in range(rounds):
         for side, result in results.items():
             command = [sys.executable, "-m", "benchmarks.sample", "work", "--side", side]
             command += [f"--{name}={value}" for name, value in options.items()]
+            environment = devices.environment(device)
             process = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ENVIRONMENT
+                command, stdout=subprocess.PIPE, text=True, check=True, env=environment
             )
             answer = json.loads(process.stdout.splitlines()[-1])
             result["seconds"] += answer["seconds"]
@@ -360,14 +368,14 @@ def compare(
     for result in results.values():
         result["least"] = min(result["seconds"])
         result["median"] = statistics.median(result["seconds"])
-    mine, other = (results[side] for side in SIDES)
+    mine, other = results["bootpig_jax"], results.get("PyTorch")
     return {
         "samples": samples,
         "references": references,
         "sides": results,
-        "speed_ratio": other["median"] / mine["median"],
-        "speed_ratio_of_least": other["least"] / mine["least"],
-        "memory_ratio": other["peak_gib"] / mine["peak_gib"],
+        "speed_ratio": other and other["median"] / mine["median"],
+        "speed_ratio_of_least": other and other["least"] / mine["least"],
+        "memory_ratio": other and other["peak_gib"] / mine["peak_gib"],
     }
 
 
@@ -375,6 +383,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("flops", "time", "work"))
+    parser.add_argument("--device", choices=devices.DEVICES, default="auto")
     parser.add_argument("--scale", type=float, default=1.0, help="of the UNets' channels")
     parser.add_argument("--latents", type=int, default=64, help="side of the latents")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
@@ -403,13 +412,20 @@ def main() -> None:
             for samples, references in TIMED
             if options.samples in (None, samples) and options.references in (None, references)
         ]
+        found = devices.find(options.device)
         report = {
-            "what": "one guided step, float32",
+            "what": f"one guided step, {found['precision']}",
             "unet": unet_sizes(options.scale),
             "latents": [options.latents, options.latents],
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "device": found,
             "cases": [
-                compare(samples=samples, references=references, rounds=options.rounds, **sizes)
+                compare(
+                    found["platform"],
+                    samples=samples,
+                    references=references,
+                    rounds=options.rounds,
+                    **sizes,
+                )
                 for samples, references in cases
             ],
         }
@@ -417,13 +433,14 @@ def main() -> None:
             print(f"{case['samples']} samples, {case['references']} references")
             for side, result in case["sides"].items():
                 print(
-                    f"  {side:<12} {result['median']:8.2f} s a step, least {result['least']:.2f}, "
+                    f"  {side:<12} {result['median']:8.3f} s a step, least {result['least']:.3f}, "
                     f"{result['peak_gib']:.2f} GiB"
                 )
-            print(
-                f"  PyTorch / bootpig_jax: time {case['speed_ratio']:.2f}, "
-                f"least {case['speed_ratio_of_least']:.2f}, memory {case['memory_ratio']:.2f}"
-            )
+            if case["speed_ratio"] is not None:
+                print(
+                    f"  PyTorch / bootpig_jax: time {case['speed_ratio']:.2f}, "
+                    f"least {case['speed_ratio_of_least']:.2f}, memory {case['memory_ratio']:.2f}"
+                )
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n")
