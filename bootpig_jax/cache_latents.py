@@ -16,11 +16,18 @@ from tqdm import tqdm
 
 from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
 from bootpig_jax.config import TrainConfig
-from bootpig_jax.data.cache import CacheWriter
+from bootpig_jax.data.cache import CacheWriter, name_weights
 from bootpig_jax.data.pipeline import RecordSource, read_copies
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.sampling.conditioning import Conditioning
-from bootpig_jax.train import cache_contents, check_image_size, training_dtype
+from bootpig_jax.train import (
+    UNNAMED_WEIGHTS,
+    base_sha256,
+    cache_contents,
+    check_image_size,
+    say,
+    training_dtype,
+)
 from bootpig_jax.training.loop import to_pictures
 from bootpig_jax.training.step import Encoded, encode
 from bootpig_jax.yaml_config import parse_command_line
@@ -38,7 +45,9 @@ def cache_latents(config: TrainConfig) -> None:
         raise UserError("data.cache: name the folder to write")
     source = RecordSource(config.data.dir, config.data.split)
     count = len(source)
-    contents = cache_contents(config)
+    contents = cache_contents(config, base_sha256(config))
+    if name_weights(config.data.cache, contents):
+        say(UNNAMED_WEIGHTS.format(f"data.cache {config.data.cache}", config.model.base))
     dtype = training_dtype(config)
     model = load_stable_diffusion(
         config.model.base, dtype=dtype, param_dtype=dtype, allow_pickle=config.model.allow_pickle

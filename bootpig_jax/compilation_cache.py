@@ -1,11 +1,12 @@
 """Keeps compiled programs on disk: the same command then compiles once, not at every start."""
 
 import os
-from pathlib import Path
 
 import jax
 
-FOLDER = Path("~/.cache/bootpig_jax/xla")
+from bootpig_jax.files import CACHE
+
+FOLDER = CACHE / "xla"
 MIN_SECONDS = 1.0  # programs that compile faster are not worth a file
 
 

@@ -22,7 +22,7 @@ from bootpig_jax.diffusion.solvers import SolverName
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.evaluation.datasets import DATASETS, Dataset, open_dataset
 from bootpig_jax.evaluation.embedders import MODELS, EmbeddingCache, load_embedder
-from bootpig_jax.evaluation.files import check_writable, name_some, write_whole
+from bootpig_jax.evaluation.files import check_writable, name_some
 from bootpig_jax.evaluation.generate import (
     IP_ADAPTER_FILE,
     METHODS,
@@ -44,11 +44,12 @@ from bootpig_jax.evaluation.score import (
     score_folder,
     score_real,
 )
+from bootpig_jax.files import CACHE, write_whole
 from bootpig_jax.sampling.references import SEGMENTERS
 from bootpig_jax.sampling.settings import SamplingSettings
 from bootpig_jax.toyland.render import SIZE
 
-CACHE = Path("~/.cache/bootpig_jax/embeddings")
+EMBEDDINGS = CACHE / "embeddings"
 LEFT_OUT_STATUS = 1
 _WEIGHTS = Path(__file__).parent / "toyland" / "weights"
 # What differs from `SamplingSettings` on Toyland, whose pictures are cut out already.
@@ -123,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument("--lpips", action="store_true", help="score diversity by LPIPS too")
     score.add_argument("--template", default="{}", help="what a prompt is put into for CLIP-T")
     score.add_argument("--allow-missing", action="store_true", help="prompts may lack pictures")
-    score.add_argument("--cache", type=Path, default=CACHE, help="where embeddings are kept")
+    score.add_argument("--cache", type=Path, default=EMBEDDINGS, help="where embeddings are kept")
     score.add_argument("--batch-size", type=int, default=32)
     score.add_argument("--workers", type=int, default=2, help="threads that read pictures")
     score.add_argument("--device", help="PyTorch's name; by default a GPU if there is one")

@@ -32,8 +32,9 @@ from bootpig_jax.checkpoints.diffusers import (
     load_stable_diffusion,
     load_unet,
 )
+from bootpig_jax.checkpoints.identity import hash_model
 from bootpig_jax.config import TrainConfig
-from bootpig_jax.data.cache import Contents, make_cached_loader
+from bootpig_jax.data.cache import Contents, make_cached_loader, name_weights
 from bootpig_jax.data.pipeline import (
     dataset_fingerprint,
     first_examples,
@@ -45,7 +46,7 @@ from bootpig_jax.kernels import compute_dtype
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.trained import save_bootpig
 from bootpig_jax.training.checkpointing import Checkpoints
-from bootpig_jax.training.distributed import join_processes
+from bootpig_jax.training.distributed import join_processes, told_by_first
 from bootpig_jax.training.flops import count_flops
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
 from bootpig_jax.training.metrics import MetricLogger, read_history, writing_to
@@ -67,6 +68,10 @@ from bootpig_jax.training.step import (
 from bootpig_jax.training.validation import make_validation
 from bootpig_jax.yaml_config import dump_config, parse_command_line
 
+UNNAMED_WEIGHTS = (
+    "warning: {0} was made before it was kept from which weights: they are taken for those in {1}"
+)
+
 
 def train(config: TrainConfig) -> None:
     """Trains, or goes on training, as the configuration says, and exports the result.
@@ -78,9 +83,12 @@ def train(config: TrainConfig) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.batch_size, config.accumulation, mesh)
     fingerprint = dataset_fingerprint(config.data.dir, config.data.split)
-    checkpoints = Checkpoints(config, fingerprint)
+    base = told_by_first(partial(base_sha256, config))
+    checkpoints = Checkpoints(config, fingerprint, base)
     for step, reason in checkpoints.damaged.items():
         say(f"warning: checkpoint {step} is damaged ({reason}): it is moved aside")
+    if not checkpoints.knows_base:
+        say(UNNAMED_WEIGHTS.format(f"checkpoint {checkpoints.latest}", config.model.base))
 
     # 2. The model: what is trained in float32, what is frozen in the compute precision.
     dtype = training_dtype(config)
@@ -137,7 +145,10 @@ def train(config: TrainConfig) -> None:
         )
         prepare = partial(to_pictures, tokenizer=tokenizer, conditioning=conditioning)
     else:
-        loader = make_cached_loader(config.data.cache, cache_contents(config), **share)
+        contents = cache_contents(config, base)
+        if jax.process_index() == 0 and name_weights(config.data.cache, contents):
+            say(UNNAMED_WEIGHTS.format(f"data.cache {config.data.cache}", config.model.base))
+        loader = make_cached_loader(config.data.cache, contents, **share)
         prepare = to_encoded
     # Read also where no grid is wanted: a dataset that does not fit is found before training.
     examples = first_examples(
@@ -199,14 +210,26 @@ def train(config: TrainConfig) -> None:
         return
 
     # 6. The result.
-    export(config, state, mesh, conditioning)
+    export(config, state, mesh, conditioning, base)
     say(f"exported to {config.output_dir}")
 
 
-def cache_contents(config: TrainConfig) -> Contents:
+def base_sha256(config: TrainConfig) -> str:
+    """Returns the hash of the base checkpoint's files; a hub id is downloaded first.
+
+    Raises:
+      UserError: it is missing, or cannot be read.
+    """
+    allow_pickle = config.model.allow_pickle
+    folder = find_model(config.model.base, allow_pickle=allow_pickle)
+    return hash_model(folder, allow_pickle=allow_pickle)
+
+
+def cache_contents(config: TrainConfig, base: str) -> Contents:
     """Returns what a cache must be made of for this run."""
     return Contents(
         model=config.model.base,
+        model_sha256=base,
         data_fingerprint=dataset_fingerprint(config.data.dir, config.data.split),
         split=config.data.split,
         image_size=config.data.image_size,
@@ -238,17 +261,38 @@ def training_dtype(config: TrainConfig) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
-def export(config: TrainConfig, state: TrainState, mesh: Mesh, conditioning: Conditioning) -> None:
+def export(
+    config: TrainConfig,
+    state: TrainState,
+    mesh: Mesh,
+    conditioning: Conditioning,
+    base: str,
+) -> None:
     """Writes both UNets in diffusers' layout, `bootpig.json` and the model card.
 
     What was not trained is read from the base checkpoint again: in memory it may be rounded to
     bfloat16.
+
+    Args:
+      config: of the run.
+      state: its last.
+      mesh: the devices.
+      conditioning: how the Reference UNet was used.
+      base: the base checkpoint's hash when the run began.
+
+    Raises:
+      UserError: the base checkpoint has changed since, or the folder cannot be written to.
     """
     trained = place(state.result, jax.tree.map(lambda _: P(), state.result), mesh)
     if jax.process_index() == 0:
         allow_pickle = config.model.allow_pickle
-        base = find_model(config.model.base, allow_pickle=allow_pickle)
-        unet = load_unet(base / "unet", allow_pickle=allow_pickle)
+        if base_sha256(config) != base:
+            raise UserError(
+                f"model.base: the weights in {config.model.base} have changed while the run went "
+                "on: restore them; the same command then exports"
+            )
+        folder = find_model(config.model.base, allow_pickle=allow_pickle)
+        unet = load_unet(folder / "unet", allow_pickle=allow_pickle)
         graph, parameters, _ = split_parameters(BootPIG.from_unet(unet), lambda path: True)
         bootpig: BootPIG = merge_parameters(graph, parameters | trained)
         precision = np.dtype(config.export_precision)

@@ -1,6 +1,7 @@
 """What every test needs: no network, a CPU with eight devices, and shapes checked at run time."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports jax or a Hugging Face library.
@@ -31,6 +32,14 @@ install_import_hook("bootpig_jax", "tests.shape_checks.checked")
 
 
 pytest_plugins = ("tests.scorecard",)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps hashes out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bootpig_jax.files.CACHE", tmp_path_factory.mktemp("user_cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 damage."""
 
 import dataclasses
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,25 @@ import bootpig_jax.train
 from bootpig_jax import cache_latents
 from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
 from bootpig_jax.config import TrainConfig
-from bootpig_jax.data.cache import CacheSource, CacheWriter, make_cached_loader
+from bootpig_jax.data.cache import (
+    CacheSource,
+    CacheWriter,
+    Contents,
+    make_cached_loader,
+    name_weights,
+)
 from bootpig_jax.data.pipeline import make_loader
 from bootpig_jax.errors import UserError
 from bootpig_jax.sampling.conditioning import Conditioning
-from bootpig_jax.train import cache_contents
+from bootpig_jax.train import base_sha256, cache_contents
 from bootpig_jax.training.loop import to_encoded, to_pictures
 from bootpig_jax.training.step import encode
 from bootpig_jax.yaml_config import load_config
 from tests.training_helpers import save_tiny_data
+
+
+def contents_of(config: TrainConfig) -> Contents:
+    return cache_contents(config, base_sha256(config))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def config(arguments: list[str]) -> TrainConfig:
             cache_latents.main(arguments)
         assert config.data.cache is not None
         with pytest.raises(UserError, match="holds 16 of 24 records"):
-            CacheSource(config.data.cache, cache_contents(config))
+            CacheSource(config.data.cache, contents_of(config))
         cache_latents.main(arguments)
     assert calls == [16, 24]
     return config
@@ -63,7 +76,7 @@ def config(arguments: list[str]) -> TrainConfig:
 def loader(config: TrainConfig, **changes: Any) -> Any:
     assert config.data.cache is not None
     options: dict[str, Any] = {"batch_size": 8, "seed": 0} | changes
-    return make_cached_loader(config.data.cache, cache_contents(config), **options)
+    return make_cached_loader(config.data.cache, contents_of(config), **options)
 
 
 def test_a_cached_batch_is_the_online_one_encoded(config):
@@ -99,8 +112,8 @@ def test_every_copy_is_drawn_and_processes_share_the_stream(config):
 
 
 def test_another_run_s_cache_is_refused(config):
-    contents = cache_contents(config)
-    for change in ({"copies": 2}, {"seed": 1}, {"precision": "bfloat16"}, {"model": "other"}):
+    contents = contents_of(config)
+    for change in ({"copies": 2}, {"seed": 1}, {"precision": "bfloat16"}, {"model_sha256": "0"}):
         with pytest.raises(UserError, match=f"was made with {next(iter(change))}"):
             CacheSource(config.data.cache, dataclasses.replace(contents, **change))
     with pytest.raises(UserError, match="holds no cache: make it with"):
@@ -115,12 +128,45 @@ def test_another_run_s_cache_is_refused(config):
 def test_a_cache_knows_all_that_it_was_made_of(arguments, monkeypatch, change):
     monkeypatch.setattr(bootpig_jax.train, "dataset_fingerprint", lambda *which: "f")
     config, changed = (load_config(TrainConfig, None, [*arguments, *c]) for c in ([], [change]))
-    one, other = (dataclasses.asdict(cache_contents(c)) for c in (config, changed))
+    one, other = (dataclasses.asdict(cache_contents(c, "0")) for c in (config, changed))
     assert len([name for name in one if one[name] != other[name]]) == 1
 
 
+def test_a_cache_knows_its_weights_wherever_they_lie(config, tmp_path, monkeypatch):
+    contents = contents_of(config)
+    moved = dataclasses.replace(contents, model="moved")
+    assert len(CacheSource(config.data.cache, moved)) == 24
+    assert not name_weights(config.data.cache, moved)
+
+    # One that an earlier version made says where they lay, and is told which they are.
+    cache = Path(shutil.copytree(config.data.cache, tmp_path / "cache"))
+    described = json.loads((cache / "cache.json").read_text())
+    del described["model_sha256"]
+    (cache / "cache.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="was made with model "):
+        name_weights(cache, moved)
+    assert len(CacheSource(cache, contents)) == 24
+    with monkeypatch.context() as patch:  # read-only
+        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(30, "read-only")))
+        assert name_weights(cache, contents) and name_weights(cache, contents)
+    assert name_weights(cache, contents) and not name_weights(cache, contents)
+    assert len(CacheSource(cache, moved)) == 24
+    with pytest.raises(UserError, match="was made with model_sha256"):
+        CacheSource(cache, dataclasses.replace(contents, model_sha256="0"))
+
+
+def test_an_older_cache_warns(config, arguments, tmp_path, capsys):
+    cache = Path(shutil.copytree(config.data.cache, tmp_path / "cache"))
+    described = json.loads((cache / "cache.json").read_text())
+    del described["model_sha256"]
+    (cache / "cache.json").write_text(json.dumps(described))
+    cache_latents.main([*arguments, f"data.cache={cache}"])
+    assert capsys.readouterr().err.count("warning: data.cache") == 1
+    assert not name_weights(cache, contents_of(config))
+
+
 def test_bfloat16_survives(tmp_path, config):
-    contents = dataclasses.replace(cache_contents(config), precision="bfloat16")
+    contents = dataclasses.replace(contents_of(config), precision="bfloat16")
     values = np.arange(6, dtype=np.float32).reshape(2, 3).astype(jax.numpy.bfloat16)
     CacheWriter(tmp_path, contents, {"text": (2, 3)}).append({"text": values})
     record = CacheSource(tmp_path, contents)[1]
@@ -136,7 +182,7 @@ def test_a_flipped_bit_is_found(config, name):
         content = bytearray(whole)
         content[-5] ^= 4
         path.write_bytes(content)
-        source = CacheSource(config.data.cache, cache_contents(config))
+        source = CacheSource(config.data.cache, contents_of(config))
         source[0]
         with pytest.raises(UserError, match="record 23 in .* is damaged"):
             source[23]

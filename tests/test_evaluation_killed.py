@@ -12,9 +12,9 @@ from PIL import Image
 
 from bootpig_jax.evaluation.datasets import Dataset, open_dataset
 from bootpig_jax.evaluation.embedders import EmbeddingCache
-from bootpig_jax.evaluation.files import write_whole
 from bootpig_jax.evaluation.generate import GenerateSettings, generate
 from bootpig_jax.evaluation.score import About, Settings, dump_scores, read_scores, score_folder
+from bootpig_jax.files import write_whole
 from tests.evaluation_folders import CLASSES, write_dreambooth, write_pictures
 from tests.test_evaluation_score import Projection
 

@@ -30,7 +30,7 @@ from bootpig_jax.sampling.encoding import decode, encode_images
 from bootpig_jax.sampling.inpainting import make_original, open_original
 from bootpig_jax.sampling.references import open_reference, prepare_references, reference_picture
 from bootpig_jax.sampling.requests import Drawn
-from bootpig_jax.train import cache_contents
+from bootpig_jax.train import base_sha256, cache_contents
 from bootpig_jax.training.loop import to_encoded
 from bootpig_jax.training.metrics import MetricLogger, picture_grid
 from bootpig_jax.web.app import draw_with, run_job
@@ -135,9 +135,8 @@ def test_the_cache_holds_pictures_as_batches_do(
     cache_latents.main([*arguments, "precision=float32"])
     config = load_config(TrainConfig, None, [*arguments, "precision=float32"])
     assert config.data.cache is not None
-    loader = make_cached_loader(
-        config.data.cache, cache_contents(config), batch_size=32, seed=0, num_threads=0
-    )
+    contents = cache_contents(config, base_sha256(config))
+    loader = make_cached_loader(config.data.cache, contents, batch_size=32, seed=0, num_threads=0)
     encoded = to_encoded(next(loader))
     scale = model.vae.config.scaling_factor
     shown = [np.asarray(latents)[..., :3] / scale for latents in encoded.target.mean]

@@ -38,7 +38,7 @@ def stream(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Stream
                 num_threads=0,
             )
         )
-    contents = Contents("", "", "", 0, "", "", 1, 0, "float32")
+    contents = Contents("", "", "", "", 0, "", "", 1, 0, "float32")
     shapes = {"target": (RECORDS, 1), "reference": (RECORDS, 1, 1)}
     numbers = np.arange(RECORDS, dtype=np.float32)[:, None]
     CacheWriter(tmp_path, contents, shapes).append(

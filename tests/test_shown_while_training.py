@@ -16,9 +16,10 @@ from bootpig_jax.checkpoints.diffusers import load_stable_diffusion, load_unet, 
 from bootpig_jax.checkpoints.tokenizer import Tokenizer
 from bootpig_jax.config import DataConfig, ModelConfig, TrainableConfig, TrainConfig
 from bootpig_jax.data.pipeline import first_examples
+from bootpig_jax.errors import UserError
 from bootpig_jax.models.unet import UNet
 from bootpig_jax.sampling.conditioning import Conditioning
-from bootpig_jax.train import export
+from bootpig_jax.train import base_sha256, export
 from bootpig_jax.training.loop import make_draw_grid, to_pictures
 from bootpig_jax.training.optimizer import Parameters
 from bootpig_jax.training.sharding import make_mesh
@@ -135,8 +136,14 @@ def draw_grid(run: Run) -> Any:
     return make_draw_grid(run.graphs, run.frozen, run.tokenizer, examples, Conditioning(), logging)
 
 
+def test_nothing_is_exported_beside_other_weights(run: Run) -> None:
+    with pytest.raises(UserError, match="have changed while the run went on"):
+        export(run.config, run.state(1.0), run.mesh, Conditioning(), "0" * 64)
+    assert not run.config.output_dir.exists()
+
+
 def exported(run: Run, state: TrainState) -> dict[str, np.ndarray]:
-    export(run.config, state, run.mesh, Conditioning())
+    export(run.config, state, run.mesh, Conditioning(), base_sha256(run.config))
     unets = (load_unet(run.config.output_dir / name) for name in ("base_unet", "ref_unet"))
     _, parameters, _ = split_parameters(BootPIG(*unets), lambda path: True)
     return {name: np.asarray(array) for name, array in parameters.items()}

@@ -23,6 +23,7 @@ import bootpig_jax.train
 from bootpig_jax.checkpoints.diffusers import load_unet
 from bootpig_jax.data import records
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.training.checkpointing import MANIFEST, _digests
 from bootpig_jax.training.metrics import read_history
 from tests.training_helpers import save_tiny_data
 
@@ -180,6 +181,32 @@ def test_refused_before_anything_is_written(arguments, tmp_path, overrides, word
         train(arguments, tmp_path / "run", *overrides)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_moved_weights_go_on_and_swapped_ones_do_not(
+    trained, arguments, model_folder, tmp_path, capsys
+):
+    output = Path(shutil.copytree(trained, tmp_path / "run"))
+    moved = Path(shutil.copytree(model_folder, tmp_path / "moved"))
+    train(arguments, output, f"model.base={moved}")  # exports again
+
+    # A checkpoint from before they said which weights they are of.
+    step = output / "checkpoints" / str(STEPS)
+    run = json.loads((step / "run" / "metadata").read_text())
+    del run["base_sha256"]
+    (step / "run" / "metadata").write_text(json.dumps(run))
+    (step / MANIFEST).write_text(json.dumps(_digests(step)))
+    capsys.readouterr()
+    train(arguments, output)
+    assert capsys.readouterr().err.count(f"warning: checkpoint {STEPS} was made before") == 1
+
+    shutil.copytree(trained, output, dirs_exist_ok=True)
+    weights = moved / "vae" / WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"model.base: the weights in {moved} are not those"):
+        train(arguments, output, f"model.base={moved}")
 
 
 def test_never_goes_over_an_older_run(trained, arguments):

@@ -20,6 +20,8 @@ from bootpig_jax.training.optimizer import make_optimizer
 from bootpig_jax.training.sharding import make_mesh
 from bootpig_jax.training.step import TrainState, init_state
 
+BASE = "ba5e" * 16  # the hash of the base weights
+
 
 def configuration(folder: Path, **changes: Any) -> TrainConfig:
     fields: dict[str, Any] = {
@@ -59,13 +61,13 @@ def test_round_trip_is_exact_while_training_goes_on(tmp_path):
         next(data)
     state = advance(state)
     saved = jax.device_get(jax.tree.map(jnp.copy, state))
-    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
         checkpoints.save(state, data)
         # The buffers that are being written are donated at once.
         for _ in range(20):
             state = advance(state)
         expected = [next(data) for _ in range(5)]
-    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
         assert checkpoints.latest == 1
         data = numbers()
         restored = checkpoints.restore(new_state(), data)
@@ -77,25 +79,29 @@ def test_round_trip_is_exact_while_training_goes_on(tmp_path):
 def test_resume_modes(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="checkpoint.resume: must, but .* holds no checkpoint"):
-        Checkpoints(configuration(folder, checkpoint={"resume": "must"}), "f")
+        Checkpoints(configuration(folder, checkpoint={"resume": "must"}), "f", BASE)
     assert not folder.exists()
-    with Checkpoints(configuration(folder), "f") as checkpoints:
+    with Checkpoints(configuration(folder), "f", BASE) as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(new_state(), numbers())
-    assert Checkpoints(configuration(folder, checkpoint={"resume": "must"}), "f").latest == 0
+    assert Checkpoints(configuration(folder, checkpoint={"resume": "must"}), "f", BASE).latest == 0
     with pytest.raises(UserError, match="checkpoint.resume: never, but .* already holds step 0"):
-        Checkpoints(configuration(folder, checkpoint={"resume": "never"}), "f")
+        Checkpoints(configuration(folder, checkpoint={"resume": "never"}), "f", BASE)
 
 
 def test_what_differs_is_named(tmp_path):
-    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
         checkpoints.save(new_state(), numbers())
 
     def refused(
-        state: TrainState, fingerprint: str = "f", folder: Path = tmp_path, **changes: Any
+        state: TrainState,
+        fingerprint: str = "f",
+        base: str = BASE,
+        folder: Path = tmp_path,
+        **changes: Any,
     ) -> str:
         with pytest.raises(UserError) as caught:
-            with Checkpoints(configuration(folder, **changes), fingerprint) as checkpoints:
+            with Checkpoints(configuration(folder, **changes), fingerprint, base) as checkpoints:
                 checkpoints.restore(state, numbers())
         message = str(caught.value)
         assert "\n" not in message
@@ -109,18 +115,35 @@ def test_what_differs_is_named(tmp_path):
     assert "seed: 1, but the checkpoint" in refused(new_state(), seed=1)
     assert "optimizer.lr_rsa: 0.5, but" in refused(new_state(), optimizer={"lr_rsa": 0.5})
     assert "data.dir: its shards are not those" in refused(new_state(), fingerprint="g")
+    assert "model.base: the weights in base are not those" in refused(new_state(), base="0" * 64)
     # What may change between two starts.
-    with Checkpoints(
-        configuration(tmp_path, steps=9, mesh={"fsdp": 2}, data={"dir": "moved", "threads": 1}), "f"
-    ) as checkpoints:
+    free: dict[str, Any] = {"steps": 9, "mesh": {"fsdp": 2}, "model": {"base": "moved"}}
+    moved = configuration(tmp_path, data={"dir": "moved", "threads": 1}, **free)
+    with Checkpoints(moved, "f", BASE) as checkpoints:
         checkpoints.restore(new_state(), numbers())
+        assert checkpoints.knows_base
+
+
+def test_a_checkpoint_from_before_goes_on_and_the_next_names_its_base(tmp_path):
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
+        del checkpoints._run["base_sha256"]  # as an earlier version saved it
+        checkpoints.save(new_state(), numbers())
+    # Weights of which nothing is known but where they lay.
+    with pytest.raises(UserError, match="model.base: 'moved', but the checkpoint"):
+        Checkpoints(configuration(tmp_path, model={"base": "moved"}), "f", BASE)
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
+        assert not checkpoints.knows_base
+        checkpoints.save(_advance(checkpoints.restore(new_state(), numbers())), numbers())
+    assert Checkpoints(configuration(tmp_path), "f", BASE).knows_base
+    with pytest.raises(UserError, match="the weights in base are not those"):
+        Checkpoints(configuration(tmp_path), "f", "0" * 64)
 
 
 def two_steps(folder: Path) -> dict[int, TrainState]:
     """Saves the steps 0 and 1 of a run and returns their states."""
     state = new_state()
     states = {}
-    with Checkpoints(configuration(folder), "f") as checkpoints:
+    with Checkpoints(configuration(folder), "f", BASE) as checkpoints:
         for step in range(2):
             checkpoints.save(state, numbers())
             states[step] = jax.device_get(jax.tree.map(jnp.copy, state))
@@ -154,7 +177,7 @@ def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, found):
         file = files[number % len(files)]
         original = file.read_bytes()
         damage(file, ("flip", "cut", "delete")[number // len(files) % 3], rng)
-        checkpoints = Checkpoints(configuration(tmp_path), "f")
+        checkpoints = Checkpoints(configuration(tmp_path), "f", BASE)
         if checkpoints.latest == 1:
             # Orbax's own notes on the step, which say nothing about the arrays.
             assert file.name in ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -177,20 +200,20 @@ def test_no_damage_to_the_newest_step_goes_unnoticed(tmp_path, found):
 def test_a_damaged_step_is_moved_out_of_the_way(tmp_path):
     states = two_steps(tmp_path)
     damage(tmp_path / "checkpoints/1/run/metadata", "flip", np.random.default_rng(0))
-    checkpoints = Checkpoints(configuration(tmp_path), "f")
+    checkpoints = Checkpoints(configuration(tmp_path), "f", BASE)
     with checkpoints:
         restored = checkpoints.restore(new_state(), numbers())
         # The bad step is out of the way, so its number can be saved again.
         checkpoints.save(_advance(restored), numbers())
     assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["1-0"]
-    again = Checkpoints(configuration(tmp_path), "f")
+    again = Checkpoints(configuration(tmp_path), "f", BASE)
     assert again.latest == 1 and not again.damaged
     with again:
         restored = again.restore(new_state(), numbers())
     jax.tree.map(np.testing.assert_array_equal, states[1], jax.device_get(restored))
     # The next one does not take its place.
     damage(tmp_path / "checkpoints/1/run/metadata", "flip", np.random.default_rng(0))
-    with Checkpoints(configuration(tmp_path), "f"):
+    with Checkpoints(configuration(tmp_path), "f", BASE):
         moved = sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir())
     assert moved == ["1-0", "1-1"]
 
@@ -205,7 +228,7 @@ def test_steps_are_numbers(tmp_path):
 def test_a_step_that_lost_its_manifest_does_not_get_another(tmp_path):
     states = two_steps(tmp_path)
     (tmp_path / "checkpoints/0/manifest.json").unlink()
-    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
         state = checkpoints.restore(new_state(), numbers())
         checkpoints.save(_advance(state), numbers())
     assert not (tmp_path / "checkpoints/0/manifest.json").exists()
@@ -218,7 +241,7 @@ def test_never_from_scratch_where_every_step_is_damaged(tmp_path):
     for step in "01":
         damage(tmp_path / "checkpoints" / step / "run" / "metadata", "flip", rng)
     with pytest.raises(UserError) as caught:
-        Checkpoints(configuration(tmp_path), "f")
+        Checkpoints(configuration(tmp_path), "f", BASE)
     message = str(caught.value)
     assert "1 (run/metadata differs" in message and "0 (run/metadata differs" in message
     assert "\n" not in message
@@ -232,13 +255,13 @@ def test_a_full_disk_leaves_the_last_good_step(tmp_path, found):
     for largest in 2 ** np.arange(5, 15):  # bytes: each lets the save come further
         with pytest.raises(UserError, match="cannot be written .* the last good one is step 1"):
             try:
-                with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+                with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
                     # Writes beyond it fail, as on a full disk.
                     resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), limit[1]))
                     checkpoints.save(state, numbers())
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        checkpoints = Checkpoints(configuration(tmp_path), "f")
+        checkpoints = Checkpoints(configuration(tmp_path), "f", BASE)
         assert checkpoints.latest == 1
         with checkpoints:
             restored = checkpoints.restore(new_state(), numbers())
@@ -251,7 +274,7 @@ def test_too_little_space_is_told_before_training(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     state = new_state(width=4096)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    checkpoints = Checkpoints(configuration(tmp_path), "f")
+    checkpoints = Checkpoints(configuration(tmp_path), "f", BASE)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * size - 1))
     with pytest.raises(UserError, match="0.0 GB free, its checkpoints need"):
         checkpoints.check_space(state)
@@ -266,15 +289,15 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
     broken = dataclasses.replace(
         state, trainable=state.trainable | {"reference.conv.bias": jnp.zeros(8).at[3].set(jnp.nan)}
     )
-    with Checkpoints(configuration(tmp_path), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path), "f", BASE) as checkpoints:
         with pytest.raises(UserError, match="not finite after update 2: it is not saved"):
             checkpoints.save(broken, numbers())
-    assert Checkpoints(configuration(tmp_path), "f").latest == 1
+    assert Checkpoints(configuration(tmp_path), "f", BASE).latest == 1
 
 
 def test_old_steps_are_removed(tmp_path):
     state = new_state()
-    with Checkpoints(configuration(tmp_path, checkpoint={"keep": 2}), "f") as checkpoints:
+    with Checkpoints(configuration(tmp_path, checkpoint={"keep": 2}), "f", BASE) as checkpoints:
         for _ in range(4):
             state = _advance(state)
             checkpoints.save(state, numbers())

@@ -321,7 +321,7 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
         UserError: there is no file that may be opened, or one is damaged.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path in _weight_files(folder, allow_pickle):
+    for path in weight_files(folder, allow_pickle):
         read = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
         for key, tensor in read(path).items():
             name = _current_name(key)
@@ -358,7 +358,12 @@ def _read_pickled(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read as a table of tensors: {reason}") from None
 
 
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files that `read_tensors` reads.
+
+    Raises:
+        UserError: there is none that may be opened.
+    """
     for stem, ending in (
         ("diffusion_pytorch_model", "safetensors"),
         ("model", "safetensors"),

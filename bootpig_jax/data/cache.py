@@ -15,6 +15,7 @@ each visit draws one. So with a cache a reference has N appearances in place of 
 Arrays have the precision that training computes in; bfloat16 is stored as its bits.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from bootpig_jax.errors import UserError
+from bootpig_jax.files import write_whole
 
 ARRAYS = ("target", "reference", "text", "reference_text")
 _DESCRIPTION = "cache.json"
@@ -38,10 +40,11 @@ CachedBatch = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a cache was made of. Two that differ in anything must not be mixed.
+    """What a cache was made of. Two that differ in anything but `model` must not be mixed.
 
     Attributes:
-      model: the base checkpoint, as the configuration names it.
+      model: the base checkpoint, as the configuration names it: it may have been moved since.
+      model_sha256: of its files. Caches that an earlier version made have none.
       data_fingerprint: of the dataset.
       split: of it.
       image_size: of the pictures, in pixels.
@@ -53,6 +56,7 @@ class Contents:
     """
 
     model: str
+    model_sha256: str
     data_fingerprint: str
     split: str
     image_size: int
@@ -105,10 +109,7 @@ class CacheWriter:
         for array in (*self._arrays.values(), self._checksums):
             array.flush()
         self.done += count
-        text = json.dumps({"done": self.done, **dataclasses.asdict(self._contents)}, indent=1)
-        temporary = self._folder / f".{_DESCRIPTION}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self._folder / _DESCRIPTION)
+        _describe(self._folder, self._contents, self.done)
 
     def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
         mode: Any = "r+" if self.done else "w+"
@@ -203,6 +204,35 @@ def make_cached_loader(
     return iter(dataset.to_iter_dataset(options))
 
 
+def name_weights(folder: Path, contents: Contents) -> bool:
+    """Lets a cache say from which weights it was made, if it was made before caches did.
+
+    Args:
+      folder: of the cache; there need not be one yet.
+      contents: what it must be made of. The weights are taken for these.
+
+    Returns:
+      Whether it did not say so.
+
+    Raises:
+      UserError: the cache is of something else, or damaged.
+    """
+    if not (folder / _DESCRIPTION).exists():
+        return False
+    description = _checked(folder, contents)
+    if "model_sha256" in description:
+        return False
+    # A folder that cannot be written to is asked again next time.
+    with contextlib.suppress(UserError):
+        _describe(folder, contents, description["done"])
+    return True
+
+
+def _describe(folder: Path, contents: Contents, done: int) -> None:
+    text = json.dumps({"done": done, **dataclasses.asdict(contents)}, indent=1)
+    write_whole(folder / _DESCRIPTION, text + "\n")
+
+
 def _one_copy(record: CachedBatch, rng: np.random.Generator) -> CachedBatch:
     copies = record["reference"]
     return record | {"reference": copies[rng.integers(len(copies))]}
@@ -216,7 +246,10 @@ def _checked(folder: Path, contents: Contents) -> dict[str, Any]:
         done = int(description["done"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"data.cache: {path} is damaged: {error}; make the cache again") from None
-    for name, value in dataclasses.asdict(contents).items():
+    wanted = dataclasses.asdict(contents)
+    # The weights are known by their hash; where there is none, by where they lay.
+    wanted.pop("model" if "model_sha256" in description else "model_sha256")
+    for name, value in wanted.items():
         if description.get(name) != value:
             raise UserError(
                 f"data.cache: {folder} was made with {name} {description.get(name)!r}, this run "

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from bootpig_jax.data.pictures import PictureError, open_picture, to_rgb
 from bootpig_jax.errors import UserError
-from bootpig_jax.evaluation.files import Source, read_source, sha256, write_whole
+from bootpig_jax.evaluation.files import Source, read_source, sha256
+from bootpig_jax.files import write_whole
 from bootpig_jax.sampling.references import prepare_reference
 from bootpig_jax.yaml_config import ConfigModel
 

@@ -1,8 +1,7 @@
-"""Files that are written whole or not at all, and the contents of pictures by their hash."""
+"""Picture files and folders of them, and contents by their hash."""
 
 import hashlib
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,40 +24,6 @@ def read_source(source: Source) -> bytes:
 def sha256(data: bytes) -> str:
     """The hash as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def hash_files(folder: Path, paths: Iterable[Path]) -> str:
-    """One hash of the names below `folder` and the contents of `paths`, in any order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Writes a file that is either whole or not there, however the process ends.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    content = data.encode() if isinstance(data, str) else data
-    # Two processes or threads may write the same file: each its own draft.
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise UserError(
-            f"{path}: cannot be written ({reason}); make room or name another"
-        ) from None
 
 
 def check_writable(folder: Path) -> None:

@@ -20,11 +20,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from bootpig_jax.checkpoints.diffusers import find_model
+from bootpig_jax.checkpoints.identity import hash_model
 from bootpig_jax.data.pictures import PictureError, open_picture, to_rgb
 from bootpig_jax.errors import UserError
 from bootpig_jax.evaluation.datasets import Dataset, Subject
-from bootpig_jax.evaluation.files import hash_files, name_some, read_source, write_whole
+from bootpig_jax.evaluation.files import name_some, read_source
 from bootpig_jax.evaluation.score import ABOUT, About, read_about
+from bootpig_jax.files import write_whole
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
 from bootpig_jax.sampling.settings import SamplingSettings, check_reference_count
 
@@ -39,7 +41,6 @@ NAMES: dict[str, str] = {
 IP_ADAPTER_FILE = "models/ip-adapter_sd15.safetensors"
 # Where a model lies does not matter: its hash is compared.
 _NOT_COMPARED = {"command", "model", "bootpig"}
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "base_unet", "ref_unet")
 
 
 class Drawer(Protocol):
@@ -178,7 +179,8 @@ def load_drawer(
     if (method == "ip-adapter") != (ip_adapter is not None):
         raise UserError("--ip-adapter: names a folder or hub id, for --method ip-adapter only")
     folder = find_model(model, allow_pickle=allow_pickle)
-    identity: dict[str, Any] = {"model": model, "model_sha256": _hash_model(folder)}
+    digest = hash_model(folder, allow_pickle=allow_pickle)
+    identity: dict[str, Any] = {"model": model, "model_sha256": digest}
     if ip_adapter is not None:
         pipeline = _load_ip_adapter(folder, ip_adapter, ip_adapter_file, allow_pickle)
         pipeline.set_ip_adapter_scale(ip_adapter_scale)
@@ -192,13 +194,8 @@ def load_drawer(
         identity |= {"bootpig": bootpig}
     loaded = BootPIGPipeline.from_pretrained(folder, bootpig, allow_pickle=allow_pickle)
     if bootpig is not None:
-        identity |= {"bootpig_sha256": _hash_model(Path(bootpig))}
+        identity |= {"bootpig_sha256": hash_model(Path(bootpig), allow_pickle=allow_pickle)}
     return BootPIGDrawer(loaded, settings, use_references=method != "text"), identity
-
-
-def _hash_model(folder: Path) -> str:
-    files = [p for part in _PARTS for p in (folder / part).rglob("*") if p.is_file()]
-    return hash_files(folder, files)
 
 
 def _load_ip_adapter(folder: Path, adapter: str, file: str, allow_pickle: bool) -> Any:

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from bootpig_jax.evaluation.files import write_whole
+from bootpig_jax.files import write_whole
 from bootpig_jax.yaml_config import ConfigModel
 
 

@@ -2,7 +2,8 @@
 
     output_dir/checkpoints/500/state           trained parameters, optimiser, step count
                               /data            the position in the data
-                              /run             the configuration and the dataset's fingerprint
+                              /run             the configuration, the dataset's fingerprint and the
+                                               base weights' hash
                               /manifest.json   size and SHA-256 of every file of these three
 
 Saving is asynchronous: the arrays are copied and training goes on while they are written. Orbax
@@ -39,7 +40,8 @@ from bootpig_jax.errors import UserError
 from bootpig_jax.training.sharding import array_name
 from bootpig_jax.training.step import TrainState
 
-# Where a run may change between two starts without becoming another run.
+# Where a run may change between two starts without becoming another run. So may `model.base`, once
+# a checkpoint has its weights' hash.
 FREE_FIELDS = (
     "accumulation",
     "checkpoint",
@@ -63,31 +65,38 @@ class Checkpoints:
     Attributes:
         latest: the newest intact step, or None.
         damaged: what is wrong with each newer one, by step. On the first process only.
+        knows_base: whether the latest says which base weights it was trained from. Those that an
+            earlier version saved do not.
     """
 
-    def __init__(self, config: TrainConfig, data_fingerprint: str) -> None:
+    def __init__(self, config: TrainConfig, data_fingerprint: str, base_sha256: str) -> None:
         """Looks for checkpoints and checks them; writes nothing.
 
         Args:
           config: of the run.
           data_fingerprint: of the dataset.
+          base_sha256: of the base checkpoint (`checkpoints.identity.hash_model`).
 
         Raises:
           UserError: `resume: must` and there is none, `resume: never` and there is one, all are
-            damaged, or the newest intact one is of another configuration or dataset.
+            damaged, or the newest intact one is of another configuration, dataset or base.
         """
         self._folder = (config.output_dir / "checkpoints").absolute()
         self._config = config
         self._run = {
             "config": config.model_dump(mode="json"),
             "data_fingerprint": data_fingerprint,
+            "base_sha256": base_sha256,
         }
         self._manager: ocp.CheckpointManager | None = None
         _check_resume(config.checkpoint, self._folder)
         self.latest, self.damaged = _newest_intact(self._folder)
+        self.knows_base = True
         if self.latest is not None:
             where = self._folder / str(self.latest)
-            _check_run(_read_run(where), self._run, where)
+            saved = _read_run(where)
+            _check_run(saved, self._run, where)
+            self.knows_base = "base_sha256" in saved
 
     def __enter__(self) -> Self:
         """Opens the folder, creating it if needed, and moves damaged steps out of it."""
@@ -347,7 +356,7 @@ def _check_resume(config: CheckpointConfig, folder: Path) -> None:
 
 
 def _check_run(saved: Any, current: Mapping[str, Any], where: Path) -> None:
-    """Refuses to go on with another configuration or dataset than the checkpoint's."""
+    """Refuses to go on with another configuration, dataset or base than the checkpoint's."""
     try:
         # Through the model: fields that are newer than the checkpoint get their defaults.
         config = TrainConfig.model_validate_json(json.dumps(saved["config"]))
@@ -356,9 +365,11 @@ def _check_run(saved: Any, current: Mapping[str, Any], where: Path) -> None:
             f"checkpoint {where}: its configuration cannot be read by this version: go on with the "
             "version that wrote it, or choose another output_dir"
         ) from None
+    base = saved.get("base_sha256")
+    may_differ = FREE_FIELDS if base is None else (*FREE_FIELDS, "model.base")
     before, now = _flat(config.model_dump(mode="json")), _flat(current["config"])
     for field in sorted(before.keys() | now.keys()):
-        free = any(field == name or field.startswith(f"{name}.") for name in FREE_FIELDS)
+        free = any(field == name or field.startswith(f"{name}.") for name in may_differ)
         if free or before.get(field) == now.get(field):
             continue
         raise UserError(
@@ -369,6 +380,11 @@ def _check_run(saved: Any, current: Mapping[str, Any], where: Path) -> None:
         raise UserError(
             f"data.dir: its shards are not those that the checkpoint {where} was trained on: "
             "restore them, or choose another output_dir"
+        )
+    if base not in (None, current["base_sha256"]):
+        raise UserError(
+            f"model.base: the weights in {now['model.base']} are not those that the checkpoint "
+            f"{where} was trained from: restore them, or choose another output_dir"
         )
 
 

@@ -17,9 +17,12 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from bootpig_jax.errors import UserError
 
@@ -113,6 +116,33 @@ def local_device_ids() -> list[int] | None:
             "GPU, or one a host"
         )
     return list(range(index * share, (index + 1) * share))
+
+
+def told_by_first(work: Callable[[], str]) -> str:
+    """Returns on all processes what the first one finds out; the others only wait for it.
+
+    Args:
+      work: returns a SHA-256 in hexadecimal.
+
+    Raises:
+      UserError: on the first process, what `work` raised; on the others, that it did.
+    """
+    if jax.process_count() == 1:
+        return work()
+    digits, failure = "0" * 64, None
+    if jax.process_index() == 0:
+        try:
+            digits = work()
+        except UserError as error:
+            failure = error
+    # All zeros tell the others to stop as well.
+    sent = np.frombuffer(bytes.fromhex(digits), np.uint8).astype(np.int32)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
+    if failure is not None:
+        raise failure
+    if not received.any():
+        raise UserError("the first process cannot go on; it says why")
+    return bytes(received.tolist()).hex()
 
 
 def _told() -> Place | None:

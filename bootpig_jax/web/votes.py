@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bootpig_jax.errors import UserError
-from bootpig_jax.evaluation.files import write_whole
+from bootpig_jax.files import write_whole
 
 Side = Literal["left", "right"]
 Winner = Literal["a", "b"]
