@@ -33,6 +33,7 @@ from bootpig_jax.data.records import (
     write_shard,
 )
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_path
 from bootpig_jax.yaml_config import load_config
 from data_gen.captions import make_caption_source
 from data_gen.config import DataGenConfig, PicturesConfig
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--plain-dtype", choices=("float32", "float16"), default="float32", help="the plain loop's"
     )
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--output", type=local_path, help="a JSON file for the results")
     given, overrides = parser.parse_known_args()
     if given.pictures < 1 or given.rounds < 1:
         raise UserError("--pictures and --rounds: give at least 1")

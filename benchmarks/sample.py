@@ -35,6 +35,7 @@ from unittest import mock
 
 from benchmarks import devices
 from bootpig_jax.errors import run_cli
+from bootpig_jax.files import local_path
 
 SIZES = Path(__file__).parents[1] / "configs" / "models" / "stable-diffusion-2-1-base"
 TOKENS = 77
@@ -390,7 +391,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="steps a process makes that count")
     parser.add_argument("--samples", type=int, help="only this many pictures")
     parser.add_argument("--references", type=int, help="only this many references")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=local_path, help="write the figures as JSON")
     parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = {"scale": options.scale, "latents": options.latents, "steps": options.steps}

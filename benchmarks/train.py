@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks import devices
 from bootpig_jax.errors import run_cli
+from bootpig_jax.files import local_path
 
 SD21_BASE = Path(__file__).parents[1] / "configs" / "models" / "stable-diffusion-2-1-base"
 TOKENS, WIDTH = 77, 1024
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument("--device", choices=devices.DEVICES, default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, help="2 on a CPU, 16 on an accelerator")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--output", type=local_path, help="write the figures as JSON")
     parser.add_argument("--work", choices=tuple(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:

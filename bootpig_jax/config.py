@@ -5,12 +5,12 @@ PyTorch release does differently. Which way the model predicts (noise or velocit
 schedule runs are no fields: the base checkpoint's own scheduler configuration decides them.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
+from bootpig_jax.files import LocalName, LocalPath
 from bootpig_jax.yaml_config import ConfigModel
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 class ModelConfig(ConfigModel):
     """The checkpoint that both UNets start from."""
 
-    base: str = Field(min_length=1)
+    base: LocalName = Field(min_length=1)
     """A folder in diffusers layout, or a hub id."""
     allow_pickle: bool = False
     """Whether PyTorch's pickled weights are opened where there are no safetensors. Only tensors are
@@ -45,14 +45,14 @@ class TrainableConfig(ConfigModel):
 class DataConfig(ConfigModel):
     """The training triplets and how a reference is made of a target and its mask."""
 
-    dir: Path
+    dir: LocalPath
     """A folder of TFRecord shards in TFDS layout."""
     split: str = "train"
     image_size: Annotated[int, Field(ge=8, le=4096, multiple_of=8)] = 512
     augmentation: Literal["paper", "release", "none"] = "paper"
     threads: Annotated[int, Field(ge=0, le=256)] = 8
     """Reader threads. The order of the samples does not depend on it."""
-    cache: Path | None = None
+    cache: LocalPath | None = None
     """A folder that `python -m bootpig_jax.cache_latents` filled: latents and text features are
     read from it, and a step computes neither."""
     cache_copies: Annotated[int, Field(ge=1, le=1000)] = 4
@@ -118,7 +118,7 @@ class SafetyConfig(ConfigModel):
 class ValidationConfig(ConfigModel):
     """The loss on triplets that are not trained on."""
 
-    dir: Path | None = None
+    dir: LocalPath | None = None
     """A folder like `data.dir`, or the same with another split; null: no validation."""
     split: str = "train"
     every: Count = 500
@@ -151,7 +151,7 @@ class TrainConfig(ConfigModel):
 
     model: ModelConfig
     data: DataConfig
-    output_dir: Path
+    output_dir: LocalPath
     export_precision: Literal["float32", "float16"] = "float32"
     """Of the weights that are written when the run is complete."""
     steps: Count = 10_000

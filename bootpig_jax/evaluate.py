@@ -44,7 +44,7 @@ from bootpig_jax.evaluation.score import (
     score_folder,
     score_real,
 )
-from bootpig_jax.files import CACHE, write_whole
+from bootpig_jax.files import CACHE, local_name, local_path, write_whole
 from bootpig_jax.sampling.references import SEGMENTERS
 from bootpig_jax.sampling.settings import SamplingSettings
 from bootpig_jax.toyland.render import SIZE
@@ -81,12 +81,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     draw = stages.add_parser("generate", help="draw the pictures", allow_abbrev=False)
     _add_dataset(draw)
-    draw.add_argument("--output", type=Path, required=True, help="the method's folder")
+    draw.add_argument("--output", type=local_path, required=True, help="the method's folder")
     draw.add_argument("--method", choices=METHODS, default="bootpig")
     draw.add_argument("--name", help="of the method in tables; by default what it is")
-    draw.add_argument("--model", help="folder in diffusers' layout, or hub id")
-    draw.add_argument("--bootpig", help="what training exports, for --method bootpig")
-    draw.add_argument("--ip-adapter", help="folder or hub id, for --method ip-adapter")
+    draw.add_argument("--model", type=local_name, help="folder in diffusers' layout, or hub id")
+    draw.add_argument(
+        "--bootpig", type=local_name, help="what training exports, for --method bootpig"
+    )
+    draw.add_argument(
+        "--ip-adapter", type=local_name, help="folder or hub id, for --method ip-adapter"
+    )
     draw.add_argument("--ip-adapter-file", default=IP_ADAPTER_FILE, help="its weights")
     draw.add_argument("--ip-adapter-scale", type=float, default=0.6)
     draw.add_argument("--references", type=int, default=0, help="of each subject; 0: all")
@@ -108,11 +112,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     score = stages.add_parser("score", help="score a folder", allow_abbrev=False)
     _add_dataset(score)
     what = score.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pictures", type=Path, help="a method's folder")
+    what.add_argument("--pictures", type=local_path, help="a method's folder")
     what.add_argument(
         "--sanity", action="store_true", help="score the real pictures against themselves"
     )
-    score.add_argument("--output", type=Path, required=True, help="the result, a .json file")
+    score.add_argument("--output", type=local_path, required=True, help="the result, a .json file")
     score.add_argument(
         "--embedder",
         action="append",
@@ -124,16 +128,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument("--lpips", action="store_true", help="score diversity by LPIPS too")
     score.add_argument("--template", default="{}", help="what a prompt is put into for CLIP-T")
     score.add_argument("--allow-missing", action="store_true", help="prompts may lack pictures")
-    score.add_argument("--cache", type=Path, default=EMBEDDINGS, help="where embeddings are kept")
+    score.add_argument(
+        "--cache", type=local_path, default=EMBEDDINGS, help="where embeddings are kept"
+    )
     score.add_argument("--batch-size", type=int, default=32)
     score.add_argument("--workers", type=int, default=2, help="threads that read pictures")
     score.add_argument("--device", help="PyTorch's name; by default a GPU if there is one")
     score.add_argument("--allow-pickle", action="store_true", help="open .bin weights too")
 
     report = stages.add_parser("report", help="put results side by side", allow_abbrev=False)
-    report.add_argument("--scores", type=Path, nargs="+", required=True, help="what score wrote")
-    report.add_argument("--output", type=Path, required=True, help="folder")
-    report.add_argument("--data", type=Path, help="the dataset, to show its real pictures")
+    report.add_argument(
+        "--scores", type=local_path, nargs="+", required=True, help="what score wrote"
+    )
+    report.add_argument("--output", type=local_path, required=True, help="folder")
+    report.add_argument("--data", type=local_path, help="the dataset, to show its real pictures")
     report.add_argument("--title", default="")
     report.add_argument(
         "--force", action="store_true", help="also where protocol cards are different"
@@ -143,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--data", type=Path, help="where the dataset lies")
+    parser.add_argument("--data", type=local_path, help="where the dataset lies")
     parser.add_argument("--limit", type=int, help="only the first N subjects and prompts of each")
 
 

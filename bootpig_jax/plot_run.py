@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_path
 from bootpig_jax.training.metrics import HISTORY, read_history
 
 # The title of each panel, and the metrics it shows: those whose name starts with one of these.
@@ -106,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bootpig_jax.plot_run", description="Draws the curves of training runs."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output_dir")
-    parser.add_argument("--output", type=Path, help="the PNG; RUN/curves.png by default")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="an output_dir")
+    parser.add_argument("--output", type=local_path, help="the PNG; RUN/curves.png by default")
     options = parser.parse_args(arguments)
     runs = {}
     for run in options.runs:

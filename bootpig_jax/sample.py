@@ -31,6 +31,7 @@ from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.diffusion.solvers import SIGMAS, SOLVERS, SPACINGS
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_name, local_path
 from bootpig_jax.models.unet import UNetConfig
 from bootpig_jax.models.vae import VAEConfig
 from bootpig_jax.sampling.batches import Place
@@ -89,27 +90,45 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     what = parser.add_argument_group("what to draw")
     what.add_argument(
-        "--model", metavar="FOLDER", help="text-to-image model in diffusers' layout, or a hub id"
+        "--model",
+        type=local_name,
+        metavar="FOLDER",
+        help="text-to-image model in diffusers' layout, or a hub id",
     )
     what.add_argument(
         "--bootpig",
+        type=local_name,
         metavar="FOLDER",
         help="trained base_unet/ and ref_unet/; without it both are the model's",
     )
     what.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     what.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
-    what.add_argument("--references", nargs="+", metavar="FILE", help="pictures of the subject")
     what.add_argument(
-        "--image", metavar="FILE", help="a picture to change, with --mask or --strength"
+        "--references", type=local_name, nargs="+", metavar="FILE", help="pictures of the subject"
     )
     what.add_argument(
-        "--mask", metavar="FILE", help="of its size: white is drawn anew, black stays"
+        "--image",
+        type=local_name,
+        metavar="FILE",
+        help="a picture to change, with --mask or --strength",
     )
     what.add_argument(
-        "--jobs", type=Path, metavar="FILE", help="many subjects and prompts: one job a line, JSON"
+        "--mask",
+        type=local_name,
+        metavar="FILE",
+        help="of its size: white is drawn anew, black stays",
     )
     what.add_argument(
-        "--from-png", type=Path, metavar="FILE", help="repeat a picture; other options override"
+        "--jobs",
+        type=local_path,
+        metavar="FILE",
+        help="many subjects and prompts: one job a line, JSON",
+    )
+    what.add_argument(
+        "--from-png",
+        type=local_path,
+        metavar="FILE",
+        help="repeat a picture; other options override",
     )
     what.add_argument("--num-images", type=int, metavar="N", help="for each prompt; default 1")
     what.add_argument("--seed", type=int, metavar="N", help="of all noise; default 0")
@@ -120,7 +139,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     out.add_argument(
         "--output",
         required=True,
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="new or empty; with --jobs also one to go on with",
     )

@@ -24,6 +24,7 @@ import pydantic
 import yaml
 
 from bootpig_jax.errors import UserError
+from bootpig_jax.files import local_name
 
 
 class ConfigModel(pydantic.BaseModel):
@@ -107,7 +108,10 @@ def parse_command_line(
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file, such as configs/toyland.yaml"
+        "--config",
+        type=local_name,
+        metavar="FILE",
+        help="a YAML file, such as configs/toyland.yaml",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the effective configuration and exit"

@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field
 
+from bootpig_jax.files import LocalName, LocalPath
 from bootpig_jax.yaml_config import ConfigModel
 
 Count = Annotated[int, Field(ge=1)]
@@ -104,7 +104,7 @@ class CaptionsConfig(ConfigModel):
     source: Literal["open_world", "toyland", "llm", "file"] = "open_world"
     """`open_world` and `toyland` are grammars; `llm` a language model; `file` the user's own."""
     llm: LLMConfig | None = None
-    file: Path | None = None
+    file: LocalPath | None = None
     """Captions, one a line, or, with the suffix `.jsonl`, one JSON object a line."""
 
     @pydantic.model_validator(mode="after")
@@ -119,7 +119,7 @@ class CaptionsConfig(ConfigModel):
 class RefinerConfig(ConfigModel):
     """A second model that draws the last steps: SDXL's refiner."""
 
-    model: str
+    model: LocalName
     """A folder in diffusers layout that holds a StableDiffusionXLImg2ImgPipeline, or a hub id."""
     start: Annotated[float, Field(gt=0, lt=1)] = 0.8
     """The share of the noise schedule after which it takes over."""
@@ -130,7 +130,7 @@ class PicturesConfig(ConfigModel):
 
     source: Literal["model", "folder"] = "model"
 
-    model: str | None = None
+    model: LocalName | None = None
     """A folder in diffusers layout that holds a text-to-image pipeline, or the id of one on the
     Hugging Face hub, which is then downloaded."""
     variant: str | None = Field(None, pattern=r"^\w+$")
@@ -157,7 +157,7 @@ class PicturesConfig(ConfigModel):
     batch_size: Count = 8
     """Pictures drawn at once. It changes no picture beyond rounding."""
 
-    folder: Path | None = None
+    folder: LocalPath | None = None
     """The user's own pictures: candidate i is the i-th file of this folder, by name."""
     min_side: Count = 256
     """Files whose shorter side has fewer pixels are rejected."""
@@ -226,9 +226,9 @@ class FiltersConfig(ConfigModel):
 class GroundedSamConfig(ConfigModel):
     """GroundingDINO finds the object's words, Segment Anything cuts out what its box holds."""
 
-    detector: str | None = None
+    detector: LocalName | None = None
     """GroundingDINO in transformers' layout: a folder, or a hub id."""
-    sam: str | None = None
+    sam: LocalName | None = None
     """For `grounded_sam` a .pth checkpoint of segment_anything; for `grounded_sam_hf` SAM in
     transformers' layout: a folder, or a hub id."""
     sam_type: Literal["vit_b", "vit_l", "vit_h"] = "vit_h"
@@ -243,7 +243,7 @@ class GroundedSamConfig(ConfigModel):
 class Sam3Config(ConfigModel):
     """SAM 3 finds and cuts out the object's words by itself."""
 
-    model: str | None = None
+    model: LocalName | None = None
     """SAM 3 in transformers' layout: a folder, or a hub id."""
     threshold: Share = 0.5
     """Score that a mask must have more than. Where none has, the candidate is rejected."""
@@ -297,7 +297,7 @@ class RayConfig(ConfigModel):
 class DataGenConfig(ConfigModel):
     """Everything that `python -m data_gen.run` can be told."""
 
-    output_dir: Path
+    output_dir: LocalPath
     """The TFDS folder that is written. A run that was stopped goes on in it."""
     dataset: str = Field("bootpig", pattern=r"^[a-z][a-z0-9_]{0,63}$")
     split: str = Field("train", pattern=r"^[a-z][a-z0-9_]{0,63}$")

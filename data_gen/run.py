@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_name
 from bootpig_jax.yaml_config import dump_config, load_config
 from data_gen import engines
 from data_gen.captions import make_caption_source
@@ -100,7 +101,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Command:
         "--print-config shows all of them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="such as configs/data_gen_toyland.yaml")
+    parser.add_argument(
+        "--config", type=local_name, metavar="FILE", help="such as configs/data_gen_toyland.yaml"
+    )
     parser.add_argument("--captions", metavar="FILE", help="take captions from a .txt or .jsonl")
     parser.add_argument("--images", metavar="FOLDER", help="take these pictures and draw none")
     parser.add_argument(

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.errors import UserError
+from bootpig_jax.files import local_name
 from bootpig_jax.kernels import Kernels, kernels_for
 from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -119,7 +120,7 @@ def find_model(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", local_name(str(model))):
         raise UserError(f"model: {model} is neither a folder nor the id of a model on the hub")
     import huggingface_hub
 

@@ -30,6 +30,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from bootpig_jax.errors import UserError
+from bootpig_jax.files import LocalName
 from bootpig_jax.sampling.batches import Place, make_batches
 from bootpig_jax.sampling.inpainting import open_original, read_original
 from bootpig_jax.sampling.picture_settings import (
@@ -81,9 +82,9 @@ class _Line(ConfigModel):
 
     id: str
     prompt: str
-    references: tuple[Annotated[str, Field(min_length=1, max_length=4096)], ...] = ()
-    image: str | None = None
-    mask: str | None = None
+    references: tuple[Annotated[LocalName, Field(min_length=1, max_length=4096)], ...] = ()
+    image: LocalName | None = None
+    mask: LocalName | None = None
 
 
 def read_jobs(path: Path, defaults: SamplingSettings) -> list[Job]:

@@ -31,6 +31,7 @@ from PIL import Image
 from bootpig_jax.attention import STRATEGIES
 from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_name, local_path
 from bootpig_jax.sampling.conditioning import ReferenceTimestep
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
@@ -232,9 +233,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Draws and scores held-out cases of Toyland.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="in diffusers' layout")
     parser.add_argument(
-        "--bootpig", default=str(SHIPPED_BOOTPIG), help="what train exports; none: untrained"
+        "--model", type=local_path, default=SHIPPED_MODEL, help="in diffusers' layout"
+    )
+    parser.add_argument(
+        "--bootpig",
+        type=local_name,
+        default=str(SHIPPED_BOOTPIG),
+        help="what train exports; none: untrained",
     )
     parser.add_argument("--method", choices=get_args(Method), default="bootpig")
     parser.add_argument("--cases", type=int, default=64, help="how many are drawn")
@@ -248,7 +254,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
     parser.add_argument("--batch-size", type=int, default=16, help="cases drawn together")
-    parser.add_argument("--output", type=Path, required=True, help="the report, a .json file")
+    parser.add_argument("--output", type=local_path, required=True, help="the report, a .json file")
     return parser.parse_args(argv)
 
 

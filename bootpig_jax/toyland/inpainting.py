@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pydantic
@@ -27,6 +26,7 @@ from PIL import Image
 
 from bootpig_jax.compilation_cache import use_compilation_cache
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import local_name, local_path
 from bootpig_jax.sampling.batches import make_batches
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
@@ -195,8 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Puts held-out subjects of Toyland into finished pictures, and scores them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="in diffusers' layout")
-    parser.add_argument("--bootpig", default=str(SHIPPED_BOOTPIG), help="what train exports")
+    parser.add_argument(
+        "--model", type=local_path, default=SHIPPED_MODEL, help="in diffusers' layout"
+    )
+    parser.add_argument(
+        "--bootpig", type=local_name, default=str(SHIPPED_BOOTPIG), help="what train exports"
+    )
     parser.add_argument("--cases", type=int, default=64)
     parser.add_argument("--references", type=int, default=1, help="pictures of each subject")
     parser.add_argument("--steps", type=int, default=20)
@@ -204,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the noise")
     parser.add_argument("--batch-size", type=int, default=16, help="cases drawn together")
-    parser.add_argument("--output", type=Path, required=True, help="the report, a .json file")
+    parser.add_argument("--output", type=local_path, required=True, help="the report, a .json file")
     options = parser.parse_args(argv)
     settings = sampling_settings(
         steps=options.steps,

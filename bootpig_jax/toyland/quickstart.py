@@ -28,6 +28,7 @@ from pydantic import Field
 
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.errors import UserError, run_cli
+from bootpig_jax.files import LocalPath
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.contact_sheet import Row, contact_sheet
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
@@ -63,13 +64,13 @@ Count = Annotated[int, Field(ge=1)]
 class QuickstartConfig(ConfigModel):
     """What `make quickstart` does. Every field can be overridden as `key=value`."""
 
-    output_dir: Path = Path("runs/quickstart")
-    model: Path = SHIPPED_MODEL
+    output_dir: LocalPath = Path("runs/quickstart")
+    model: LocalPath = SHIPPED_MODEL
     """The text-to-image model that draws the data and that both UNets are copied from."""
-    shipped: Path = SHIPPED_BOOTPIG
+    shipped: LocalPath = SHIPPED_BOOTPIG
     """A BootPIG that was trained at length on the same model, to compare with."""
-    data_gen: Path = CONFIGS / "data_gen_quickstart.yaml"
-    train: Path = CONFIGS / "quickstart.yaml"
+    data_gen: LocalPath = CONFIGS / "data_gen_quickstart.yaml"
+    train: LocalPath = CONFIGS / "quickstart.yaml"
     cases: Count = 96
     """Held-out cases that each way of drawing is scored on."""
     subjects: Annotated[int, Field(ge=1, le=24)] = 6

@@ -40,6 +40,7 @@ from bootpig_jax.evaluation.render import (
     write_report,
 )
 from bootpig_jax.evaluation.render import Report as PageReport
+from bootpig_jax.files import LocalPath
 from bootpig_jax.toyland.evaluate import SHIPPED_MODEL, Report, Result
 from bootpig_jax.yaml_config import ConfigModel, load_config
 
@@ -55,12 +56,12 @@ Count = Annotated[int, Field(ge=1)]
 class ReproduceConfig(ConfigModel):
     """What `make reproduce` does. Every field can be overridden as `key=value`."""
 
-    output_dir: Path = Path("runs/reproduce")
-    model: Path = SHIPPED_MODEL
-    data: Path | None = None
+    output_dir: LocalPath = Path("runs/reproduce")
+    model: LocalPath = SHIPPED_MODEL
+    data: LocalPath | None = None
     """A dataset that is there already; made with `data_gen` when absent."""
-    data_gen: Path = CONFIGS / "data_gen_toyland.yaml"
-    train: Path = CONFIGS / "toyland_ablation.yaml"
+    data_gen: LocalPath = CONFIGS / "data_gen_toyland.yaml"
+    train: LocalPath = CONFIGS / "toyland_ablation.yaml"
     steps: Count = 250
     """Updates of each training."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = (0, 1, 2)

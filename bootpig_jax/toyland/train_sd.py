@@ -33,6 +33,7 @@ from bootpig_jax.checkpoints.diffusers import (
 from bootpig_jax.checkpoints.tokenizer import load_tokenizer
 from bootpig_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from bootpig_jax.errors import run_cli
+from bootpig_jax.files import local_path
 from bootpig_jax.models.text_encoder import TextEncoder
 from bootpig_jax.models.unet import UNet
 from bootpig_jax.models.vae import VAE, VAEConfig
@@ -52,8 +53,12 @@ State = dict[str, Any]
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--run", type=Path, required=True, help="checkpoints, resumed if present")
-    parser.add_argument("--output", type=Path, required=True, help="where the model is written")
+    parser.add_argument(
+        "--run", type=local_path, required=True, help="checkpoints, resumed if present"
+    )
+    parser.add_argument(
+        "--output", type=local_path, required=True, help="where the model is written"
+    )
     parser.add_argument("--pictures", type=int, default=40_000, help="how many are rendered")
     parser.add_argument("--vae-steps", type=int, default=2_500)
     parser.add_argument("--unet-steps", type=int, default=4_500)

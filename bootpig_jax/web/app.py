@@ -29,6 +29,7 @@ from bootpig_jax.diffusion.solvers import SIGMAS, SOLVERS
 from bootpig_jax.errors import UserError
 from bootpig_jax.evaluation.datasets import open_dataset
 from bootpig_jax.evaluation.files import read_source
+from bootpig_jax.files import local_name
 from bootpig_jax.sampling.picture_settings import PictureSettings, read_picture_settings, write_png
 from bootpig_jax.sampling.pipeline import BootPIGPipeline
 from bootpig_jax.sampling.references import SEGMENTERS
@@ -492,14 +493,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     default = SamplingSettings()
     parser = Parser(prog="python -m bootpig_jax.app", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="folder in diffusers' layout, or hub id")
     parser.add_argument(
-        "--bootpig", help="folder with base_unet/ and ref_unet/; untrained without it"
+        "--model", type=local_name, required=True, help="folder in diffusers' layout, or hub id"
+    )
+    parser.add_argument(
+        "--bootpig",
+        type=local_name,
+        help="folder with base_unet/ and ref_unet/; untrained without it",
     )
     parser.add_argument("--steps", type=int, default=default.num_inference_steps)
     parser.add_argument("--image-guidance", type=float, default=default.image_guidance_scale)
     parser.add_argument("--guidance", type=float, default=default.guidance_scale)
-    parser.add_argument("--examples", help='subjects to try: "toyland", or a folder of folders')
+    parser.add_argument(
+        "--examples", type=local_name, help='subjects to try: "toyland", or a folder of folders'
+    )
     parser.add_argument(
         "--allow-pickle", action="store_true", help="open .bin weights too; only tensors are read"
     )

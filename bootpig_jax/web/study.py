@@ -24,6 +24,7 @@ from bootpig_jax.errors import UserError
 from bootpig_jax.evaluation.datasets import DATASETS, Dataset, open_dataset
 from bootpig_jax.evaluation.files import Source, read_source
 from bootpig_jax.evaluation.score import find_pictures, read_about
+from bootpig_jax.files import local_path
 from bootpig_jax.web.server import DELETE_UPLOADS, Parser, add_address, private_folder, serve
 from bootpig_jax.web.votes import (
     QUESTIONS,
@@ -245,12 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: an argument is wrong.
     """
     parser = Parser(prog="python -m bootpig_jax.study", description=__doc__.split("\n")[0])
-    parser.add_argument("--database", type=Path, required=True, help="SQLite file of the votes")
-    parser.add_argument("--export", type=Path, metavar="FILE", help=".csv or .json; no page then")
+    parser.add_argument(
+        "--database", type=local_path, required=True, help="SQLite file of the votes"
+    )
+    parser.add_argument(
+        "--export", type=local_path, metavar="FILE", help=".csv or .json; no page then"
+    )
     parser.add_argument("--dataset", default="folder", help=", ".join(DATASETS))
-    parser.add_argument("--data", type=Path, help="where the dataset lies; Toyland needs none")
-    parser.add_argument("--a", type=Path, help="folder with the first method's pictures")
-    parser.add_argument("--b", type=Path, help="folder with the second method's pictures")
+    parser.add_argument(
+        "--data", type=local_path, help="where the dataset lies; Toyland needs none"
+    )
+    parser.add_argument("--a", type=local_path, help="folder with the first method's pictures")
+    parser.add_argument("--b", type=local_path, help="folder with the second method's pictures")
     add_address(parser, PORT)
     options = parser.parse_args(arguments)
     if options.export:
