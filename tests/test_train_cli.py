@@ -21,10 +21,14 @@ from safetensors.numpy import load_file
 
 import bootpig_jax.train
 from bootpig_jax.checkpoints.diffusers import load_unet
+from bootpig_jax.config import TrainConfig
 from bootpig_jax.data import records
+from bootpig_jax.data.pipeline import dataset_fingerprint
 from bootpig_jax.errors import UserError, run_cli
-from bootpig_jax.training.checkpointing import MANIFEST, _digests
+from bootpig_jax.train import base_sha256
+from bootpig_jax.training.checkpointing import MANIFEST, Checkpoints, _digests
 from bootpig_jax.training.metrics import read_history
+from bootpig_jax.yaml_config import load_config
 from tests.training_helpers import save_tiny_data
 
 STEPS = 5
@@ -188,7 +192,17 @@ def test_moved_weights_go_on_and_swapped_ones_do_not(
 ):
     output = Path(shutil.copytree(trained, tmp_path / "run"))
     moved = Path(shutil.copytree(model_folder, tmp_path / "moved"))
-    train(arguments, output, f"model.base={moved}")  # exports again
+    there = [*arguments[2:], f"model.base={moved}", f"output_dir={output}"]
+    config = load_config(TrainConfig, arguments[1], there)
+    fingerprint = dataset_fingerprint(config.data.dir, config.data.split)
+    assert Checkpoints(config, fingerprint, base_sha256(config)).latest == STEPS
+
+    weights = moved / "vae" / WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=f"model.base: the weights in {moved} are not those"):
+        train(arguments, output, f"model.base={moved}")
 
     # A checkpoint from before they said which weights they are of.
     step = output / "checkpoints" / str(STEPS)
@@ -197,16 +211,8 @@ def test_moved_weights_go_on_and_swapped_ones_do_not(
     (step / "run" / "metadata").write_text(json.dumps(run))
     (step / MANIFEST).write_text(json.dumps(_digests(step)))
     capsys.readouterr()
-    train(arguments, output)
+    train(arguments, output, "logging.grid_every=0", "validation.dir=null")
     assert capsys.readouterr().err.count(f"warning: checkpoint {STEPS} was made before") == 1
-
-    shutil.copytree(trained, output, dirs_exist_ok=True)
-    weights = moved / "vae" / WEIGHTS
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match=f"model.base: the weights in {moved} are not those"):
-        train(arguments, output, f"model.base={moved}")
 
 
 def test_never_goes_over_an_older_run(trained, arguments):
