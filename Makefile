@@ -15,13 +15,14 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_TF := .venv-tf/.installed
+INSTALLED_TPU := .venv-tpu/.installed
 SOURCES := bootpig_jax data_gen benchmarks tests
 WEIGHTS := bootpig_jax/toyland/weights
 
 # What XLA's programs on a CPU are faster with.
 CPU_ENV := source launch/cpu_env.sh &&
 
-.PHONY: install quickstart app toyland reproduce test test-tfds test-long mutants torture bench-train bench-sample lint typecheck format clean
+.PHONY: install quickstart app toyland reproduce test test-tfds libtpu test-tpu test-tpu-long test-long mutants torture bench-train bench-sample lint typecheck format clean
 
 install: $(INSTALLED)
 
@@ -71,6 +72,23 @@ $(INSTALLED_TF): constraints-tf.txt
 	.venv-tf/bin/python -m pip install -c constraints-tf.txt tensorflow-cpu tensorflow-datasets
 	touch $(INSTALLED_TF)
 
+# The compiler for TPUs, of the version that belongs to the pinned JAX. In a folder of its own, for
+# PYTHONPATH: where it is installed beside JAX, every program that does not ask for the CPU looks for
+# a TPU, prints errors and locks the next one out.
+libtpu: $(INSTALLED) $(INSTALLED_TPU)
+
+$(INSTALLED_TPU): constraints-tpu.txt
+	$(BIN)/python -m pip install --no-deps --upgrade --target .venv-tpu -r constraints-tpu.txt
+	touch $(INSTALLED_TPU)
+
+# Whether that compiler takes what a TPU is given; no TPU is needed.
+test-tpu: libtpu
+	PYTHONPATH=.venv-tpu $(BIN)/python -m pytest tests/tpu_compiler.py
+
+# Attention of every size, for every generation. More than half an hour.
+test-tpu-long: libtpu
+	PYTHONPATH=.venv-tpu $(BIN)/python -m pytest -m long -n $(WORKERS) tests/tpu_compiler.py
+
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m "long and not torture" -n $(WORKERS) --dist loadfile -rP
 
@@ -105,4 +123,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf .venv .venv-tf .cache
+	rm -rf .venv .venv-tf .venv-tpu .cache

@@ -45,6 +45,7 @@ from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.kernels import compute_dtype
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.trained import save_bootpig
+from bootpig_jax.training.accelerators import ACCELERATORS, pretend
 from bootpig_jax.training.checkpointing import Checkpoints
 from bootpig_jax.training.distributed import join_processes, told_by_first
 from bootpig_jax.training.flops import count_flops
@@ -318,42 +319,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--plan", action="store_true")
+    flags.add_argument("--accelerator", choices=ACCELERATORS)
     flags.add_argument("--devices", type=int)
     options, rest = flags.parse_known_args(argv)
     config = parse_command_line(
         TrainConfig,
         rest,
         prog="python -m bootpig_jax.train",
-        description="Trains BootPIG on a dataset that data_gen made. --plan [--devices N] prints "
-        "what a step takes, on this machine's devices or on N pretended ones, and trains nothing.",
+        description="Trains BootPIG on a dataset that data_gen made. --plan [--accelerator "
+        f"{'|'.join(ACCELERATORS)}] [--devices N] prints what a step takes and trains nothing: on "
+        "this machine's devices, or on N accelerators that are not here.",
     )
     if options.plan:
-        print_plan(config, options.devices)
+        print_plan(config, options.accelerator, options.devices)
         return
-    if options.devices is not None:
-        raise UserError("--devices: only together with --plan; training uses all devices there are")
+    for name in ("accelerator", "devices"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: only together with --plan; training uses what is here")
     join_processes()
     train(config)
 
 
-def print_plan(config: TrainConfig, devices: int | None) -> None:
+def print_plan(config: TrainConfig, accelerator: str | None, devices: int | None) -> None:
     """Prints what a step of this run takes.
 
     Args:
       config: of the run.
-      devices: how many devices of the CPU to pretend; None for those that are here.
+      accelerator: a key of `ACCELERATORS`, to plan for what is not here.
+      devices: how many to plan for that are not here. None for those that are, or, with an
+        accelerator, for one.
     """
-    if devices is not None:
-        if devices < 1:
-            raise UserError(f"--devices: must be at least 1, not {devices}")
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
-    mesh = make_mesh(config.mesh)
+    kernels, pretended = None, accelerator is not None or devices is not None
+    if pretended:
+        there, kernels = pretend(accelerator, 1 if devices is None else devices)
+    else:
+        there = jax.devices()
+    mesh = make_mesh(config.mesh, there)
     check_batch(config.batch_size, config.accumulation, mesh)
-    say("compiling: minutes for a model of full size")
-    # What is planned for pretended devices is a run on accelerators.
-    planned = jnp.dtype("bfloat16") if devices and config.precision == "auto" else None
-    print(report(plan(config, planned or training_dtype(config), mesh)))
+    kind = None if accelerator is None else ACCELERATORS[accelerator]
+    compiler = f"compiled for {kind.name if kind else there[0].device_kind}"
+    if kernels is not None:
+        compiler = "estimated: compiled for a CPU, with plain attention"
+    say("compiling: minutes for a model of full size, for a TPU many")
+    # What is planned for what is not here is a run on accelerators.
+    planned = jnp.dtype("bfloat16") if pretended and config.precision == "auto" else None
+    print(report(plan(config, planned or training_dtype(config), mesh, kernels), compiler, kind))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bootpig_jax.train
 from bootpig_jax.checkpoints.diffusers import load_unet
+from bootpig_jax.errors import UserError
+from bootpig_jax.kernels import PLAIN
 from bootpig_jax.models.blocks import conv3x3
+from bootpig_jax.training import accelerators
+from bootpig_jax.training.accelerators import ACCELERATORS, slice_shape
 from bootpig_jax.training.flops import count_flops, peak_flops
+from bootpig_jax.training.plan import GIB, Plan
 from tests.tiny_models import save_tiny_model, torch_unet
 
 ROOT = Path(__file__).parents[1]
 SD21_BASE = ROOT / "configs" / "models" / "stable-diffusion-2-1-base"
+UNUSED = [f"{name}=unused" for name in ("output_dir", "data.dir", "model.base")]
 
 
 def test_flops_of_a_unet_are_pytorchs_count(tmp_path):
@@ -38,7 +44,7 @@ def test_flops_of_a_unet_are_pytorchs_count(tmp_path):
 
 @pytest.mark.parametrize("side", [2, 8], ids=["few positions", "many positions"])
 def test_flops_of_a_convolution_and_its_gradients(side):
-    graph, state = nnx.split(conv3x3(24, 32, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(conv3x3(24, 32, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
 
     def total(state: nnx.State, x: jax.Array) -> jax.Array:
         return nnx.merge(graph, state)(x).sum()
@@ -94,6 +100,76 @@ def test_flops_multiply_loops_and_devices_out():
 )
 def test_peaks_are_found_by_the_kind_of_device(kind, teraflops):
     assert peak_flops(kind) == (None if teraflops is None else teraflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "shape"),
+    [
+        ("v5e", 1, (1, 1)),
+        ("v6e", 8, (4, 2)),
+        ("v5e", 16, (4, 4)),
+        ("v5p", 4, (2, 2, 1)),
+        ("v5p", 16, (4, 2, 2)),
+        ("v5p", 512, (8, 8, 8)),
+    ],
+)
+def test_a_slice_of_tpus_is_as_near_to_a_cube_as_can_be(name, count, shape):
+    assert slice_shape(ACCELERATORS[name], count) == shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--devices", "4"], "--devices: only together with --plan"),
+        (["--accelerator", "v5e"], "--accelerator: only together with --plan"),
+        (["--plan", "--devices", "0"], "--devices: must be at least 1"),
+        (["--plan", "--accelerator", "v5p", "--devices", "12"], "TPU v5p .* powers of 2, not 12"),
+        (["--plan", "--accelerator", "v6e"], "TPU v6e is the package libtpu.*`make libtpu`"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(arguments, said, monkeypatch):
+    monkeypatch.setattr(accelerators.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=said):
+        bootpig_jax.train.main([*arguments, *UNUSED])
+
+
+def simulated(arguments: list[str], takes: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Plans with 8 devices as pretended ones and with a step that takes `takes` bytes."""
+    asked = {}
+
+    def plan(config, dtype, mesh, kernels):
+        asked.update(dtype=dtype, devices=mesh.size, kernels=kernels)
+        return Plan(0, 0, 0, 0, takes, {"peak": takes}, 8 * 0.35 * 989e12, mesh.size)
+
+    monkeypatch.setattr(bootpig_jax.train, "plan", plan)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # JAX has its devices already
+    common = ["--plan", *UNUSED, "batch_size=8"]
+    bootpig_jax.train.main([*common, *arguments])
+    return asked
+
+
+@pytest.mark.parametrize(("takes", "verdict"), [(60, "fits"), (61, "exceeds")])
+def test_a_plan_for_a_gpu_is_an_estimate(takes, verdict, monkeypatch, capsys):
+    """In bfloat16, with plain attention: cuDNN's can't be compiled here, a CPU's is no estimate."""
+    arguments = ["--accelerator", "h100", "--devices", "8"]
+    asked = simulated(arguments, takes * GIB, monkeypatch)
+    assert asked == {"dtype": jnp.bfloat16, "devices": 8, "kernels": PLAIN}
+    out = capsys.readouterr().out
+    assert "On each of 8 devices, GiB (estimated: compiled for a CPU, with plain attention)" in out
+    assert f"It {verdict} NVIDIA H100 80 GB, which has 60.00 GiB for a program." in out
+    assert out.splitlines()[-1].split() == ["NVIDIA", "H100", "80", "GB", "1.0000"]
+
+
+def test_without_a_name_every_accelerators_time_is_estimated(monkeypatch, capsys):
+    assert simulated(["--devices", "8"], 1, monkeypatch)["kernels"] is PLAIN
+    out = capsys.readouterr().out
+    assert "estimated: compiled for a CPU" in out and "NVIDIA A100" in out and "TPU v4" in out
+
+
+def test_the_devices_that_are_here_plan_for_themselves(monkeypatch, capsys):
+    asked = simulated([], 1, monkeypatch)
+    assert asked == {"dtype": jnp.float32, "devices": 8, "kernels": None}
+    assert "On each of 8 devices, GiB (compiled for cpu)" in capsys.readouterr().out
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:

@@ -1,22 +1,24 @@
 """What a training run will take, before it starts: bytes on each device, FLOPs, time.
 
     python -m bootpig_jax.train --config configs/paper.yaml --plan
+    python -m bootpig_jax.train --config configs/paper.yaml --plan --accelerator v5p --devices 16
     python -m bootpig_jax.train --config configs/paper.yaml --plan --devices 16 mesh.fsdp=16
 
 The step is compiled for the real shapes and nothing is loaded: of the base checkpoint only its
-`config.json` files are read (`configs/models` holds those of Stable Diffusion 2.1-base). With
-`--devices` the mesh is made of that many pretended devices of this machine's CPU.
+`config.json` files are read (`configs/models` holds those of Stable Diffusion 2.1-base).
 
 - What stays on a device between steps (weights, optimiser) follows from shapes and shardings.
 - What a step takes besides (activations, gradients, gathered weights) is the compiler's own
-  account of its buffers. It holds for the kind of device that the step was compiled for; for
-  another kind it is an estimate. Attention is planned as it runs: fused on a GPU, in blocks on a
-  CPU, which keep about the same.
-- FLOPs are counted in the program as it is written (`training.flops`), so with what is computed
-  again: by `remat`, and on a CPU by the backward pass of attention (3 % for the paper's setting).
+  account of its buffers. For the devices that are here, and for TPUs, which have a compiler that
+  needs none (`training.accelerators`), it is that of the very program that would run.
+- For any other accelerator it is an estimate: that of a program for this machine's CPU. Attention
+  is the plain one there, in blocks of queries: up to a GiB more than a fused one takes.
+- FLOPs are counted in the program as it is written (`training.flops`), so with what `remat`
+  computes again.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from bootpig_jax.bootpig import BootPIG, is_trainable
 from bootpig_jax.checkpoints.diffusers import find_model, read_json
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.diffusion.schedule import NoiseSchedule
+from bootpig_jax.errors import UserError
 from bootpig_jax.kernels import Kernels, kernels_for
 from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAE, VAEConfig
+from bootpig_jax.training.accelerators import Accelerator
 from bootpig_jax.training.flops import PEAKS, count_flops
 from bootpig_jax.training.optimizer import Parameters, make_optimizer
 from bootpig_jax.training.sharding import BATCH, named, partition_specs
@@ -66,6 +70,7 @@ class Plan:
         frozen: the weights that are read only.
         batch: the pictures and token ids.
         temporary: activations, gradients and everything else that lives within a step.
+        compiled: what the compiler states itself, under its names.
         flops: of all devices together, for one update.
         devices: how many there are.
     """
@@ -75,6 +80,7 @@ class Plan:
     frozen: int
     batch: int
     temporary: int
+    compiled: Mapping[str, int]
     flops: float
     devices: int
 
@@ -94,16 +100,18 @@ def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh, kernels: Kernels | N
       kernels: how they compute; what the mesh's devices have when `None`.
 
     Raises:
-      UserError: the base checkpoint's `config.json` files are missing or not understood.
+      UserError: the base checkpoint's `config.json` files are missing or not understood; or the
+        compiler finds that the step does not fit the device's memory.
     """
-    kernels = kernels or kernels_for(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    kernels = kernels or kernels_for(device)
     step, (state, frozen, batch) = abstract_step(config, dtype, mesh, kernels)
     traced = step.trace(state, frozen, batch)
     # What counts is the buffers, which are assigned before machine code is made: the code that is
     # made fastest will do. On a GPU the kernels that are chosen take buffers themselves.
     cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    options: dict[str, Any] = cheap if jax.default_backend() == "cpu" else {}
-    memory = traced.lower().compile(compiler_options=options).memory_analysis()
+    options: dict[str, Any] = cheap if device.platform == "cpu" else {}
+    memory = compile_to_fit(traced.lower(), options).memory_analysis()
     return Plan(
         masters=_bytes_per_device((state.trainable, state.ema)),
         moments=_bytes_per_device(state.optimizer),
@@ -113,9 +121,32 @@ def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh, kernels: Kernels | N
         temporary=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
+        compiled={
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "peak": memory.peak_memory_in_bytes,
+        },
         flops=count_flops(traced.jaxpr),
         devices=mesh.size,
     )
+
+
+def compile_to_fit(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+    """Compiles a program.
+
+    Raises:
+      UserError: the compiler finds that it does not fit the device's memory.
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        status, _, reason = str(error).partition(": ")
+        if status != "RESOURCE_EXHAUSTED":
+            raise
+        raise UserError(
+            f"the step does not fit the device: {reason.splitlines()[0].rstrip('.')}: raise "
+            "accumulation or mesh.fsdp, or set remat=true"
+        ) from None
 
 
 def abstract_step(
@@ -215,8 +246,14 @@ def abstract_parts(
     return skeleton, trainable, frozen
 
 
-def report(plan: Plan) -> str:
-    """Returns the plan as a table."""
+def report(plan: Plan, compiler: str, accelerator: Accelerator | None = None) -> str:
+    """Returns the plan as a table.
+
+    Args:
+      plan: of a run.
+      compiler: whose account it is, such as `compiled for TPU v5e`.
+      accelerator: that it is for; any when `None`.
+    """
     rows = [
         ("trained weights, float32", plan.masters),
         ("optimiser", plan.moments),
@@ -224,14 +261,22 @@ def report(plan: Plan) -> str:
         ("batch", plan.batch),
         ("within a step: activations, gradients, ...", plan.temporary),
         ("together", plan.peak),
+        *((f"stated by the compiler: {name}", size) for name, size in plan.compiled.items()),
     ]
-    lines = [f"On each of {plan.devices} devices, GiB (compiled for {jax.default_backend()}):"]
+    lines = [f"On each of {plan.devices} devices, GiB ({compiler}):"]
     lines += [f"  {name:<44}{size / GIB:10.4f}" for name, size in rows]
+    if accelerator is not None:
+        # What does not fit a TPU its compiler has refused.
+        fits = "fits" if accelerator.axes or plan.peak <= accelerator.memory * GIB else "exceeds"
+        lines.append(
+            f"It {fits} {accelerator.name}, which has {accelerator.memory:.2f} GiB for a program."
+        )
     lines.append(f"TFLOP an update, all devices: {plan.flops / 1e12:.2f}")
     lines.append(f"Seconds an update at {UTILISATION:.0%} of the devices' stated peak (estimated):")
+    peaks = PEAKS if accelerator is None else {accelerator.name: accelerator.peak}
     lines += [
         f"  {name:<44}{plan.flops / (plan.devices * peak * UTILISATION):10.4f}"
-        for name, peak in PEAKS.items()
+        for name, peak in peaks.items()
     ]
     return "\n".join(lines)
 
