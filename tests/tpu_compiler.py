@@ -75,10 +75,12 @@ def compile_attention(name: str, queries: int, keys: int, width: int, masked: bo
     assert kernels_in(SPLASH.attend_with_lse, q, k, k) == 1
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_compiles_with_its_gradients(masked: bool) -> None:
-    """64 queries, the least there are, and 77 words."""
-    compile_attention("v5e", 64, 77, 64, masked)
+@pytest.mark.parametrize(("queries", "keys", "width"), [(64, 77, 64), (4096, 8192, 160)])
+def test_the_smallest_and_the_largest_attention_compile(
+    queries: int, keys: int, width: int
+) -> None:
+    """With their gradients. The largest with dropped references: its blocks fill VMEM most."""
+    compile_attention("v5e", queries, keys, width, masked=keys > queries)
 
 
 @pytest.mark.long

@@ -94,6 +94,8 @@ def pretend(name: str | None, count: int) -> tuple[list[jax.Device], Kernels | N
         )
     for variable, value in WITHOUT_A_TPU.items():
         os.environ.setdefault(variable, value)
+    # JAX writes what it compiles for what is not here, and can't read it.
+    jax.config.update("jax_enable_compilation_cache", False)
     # A host has 2 x 2 chips, or the whole of a smaller slice.
     host = tuple(min(size, 2) for size in shape[:2])
     topology = topologies.get_topology_desc(
