@@ -34,9 +34,13 @@ class BootPIG(nnx.Module):
 
     @classmethod
     def from_unet(cls, unet: UNet, *, remat: bool = False) -> Self:
-        """``phi = theta``, in buffers of its own: shared ones can't be donated."""
+        """``phi = theta``, in buffers of its own: shared ones can't be donated.
+
+        Parameters that are still in their file (`checkpoints.stored`) stay there, and are read for
+        each of the two.
+        """
         graph, state = nnx.split(unet)
-        return cls(unet, nnx.merge(graph, jax.tree.map(jnp.copy, state)), remat=remat)
+        return cls(unet, nnx.merge(graph, jax.tree.map(lambda a: a.copy(), state)), remat=remat)
 
 
 def reference_features(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
+from bootpig_jax.checkpoints.diffusers import open_stable_diffusion
+from bootpig_jax.checkpoints.stored import read_weights
 from bootpig_jax.config import TrainConfig
 from bootpig_jax.data.cache import CacheWriter, name_weights
 from bootpig_jax.data.pipeline import RecordSource, read_copies
@@ -49,10 +50,11 @@ def cache_latents(config: TrainConfig) -> None:
     if name_weights(config.data.cache, contents):
         say(UNNAMED_WEIGHTS.format(f"data.cache {config.data.cache}", config.model.base))
     dtype = training_dtype(config)
-    model = load_stable_diffusion(
+    model = open_stable_diffusion(
         config.model.base, dtype=dtype, param_dtype=dtype, allow_pickle=config.model.allow_pickle
     )
     check_image_size(config.data.image_size, model)
+    vae, text_encoder = read_weights(model.vae), read_weights(model.text_encoder)
     conditioning = Conditioning(
         reference_timestep=config.reference_timestep,
         reference_key_scale=config.reference_key_scale,
@@ -86,7 +88,7 @@ def cache_latents(config: TrainConfig) -> None:
                 seed=config.seed,
             )
             pictures = [to_pictures(batch, model.tokenizer, conditioning) for batch in read]
-            batches = [compiled(model.vae, model.text_encoder, copy) for copy in pictures]
+            batches = [compiled(vae, text_encoder, copy) for copy in pictures]
             writer.append(_arrays(batches, dtype))
             progress.update(len(rows))
     print(config.data.cache)

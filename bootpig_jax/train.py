@@ -29,8 +29,8 @@ from bootpig_jax.bootpig import BootPIG
 from bootpig_jax.checkpoints.diffusers import (
     StableDiffusion,
     find_model,
-    load_stable_diffusion,
-    load_unet,
+    open_network,
+    open_stable_diffusion,
 )
 from bootpig_jax.checkpoints.identity import hash_model
 from bootpig_jax.config import TrainConfig
@@ -43,6 +43,7 @@ from bootpig_jax.data.pipeline import (
 )
 from bootpig_jax.errors import UserError, run_cli
 from bootpig_jax.kernels import compute_dtype
+from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.sampling.conditioning import Conditioning
 from bootpig_jax.sampling.trained import save_bootpig
 from bootpig_jax.training.accelerators import ACCELERATORS, pretend
@@ -52,7 +53,7 @@ from bootpig_jax.training.flops import count_flops
 from bootpig_jax.training.loop import make_draw_grid, run_steps, to_encoded, to_pictures
 from bootpig_jax.training.metrics import MetricLogger, read_history, writing_to
 from bootpig_jax.training.model_card import model_card
-from bootpig_jax.training.optimizer import make_optimizer, updates_made
+from bootpig_jax.training.optimizer import Parameters, make_optimizer, updates_made
 from bootpig_jax.training.plan import plan, report
 from bootpig_jax.training.sharding import check_batch, make_mesh, partition_specs, place
 from bootpig_jax.training.step import (
@@ -93,7 +94,8 @@ def train(config: TrainConfig) -> None:
 
     # 2. The model: what is trained in float32, what is frozen in the compute precision.
     dtype = training_dtype(config)
-    model = load_stable_diffusion(
+    #    Its weights stay in their files until step 3 puts them where they belong.
+    model = open_stable_diffusion(
         config.model.base, dtype=dtype, allow_pickle=config.model.allow_pickle
     )
     check_image_size(config.data.image_size, model)
@@ -106,7 +108,6 @@ def train(config: TrainConfig) -> None:
         model, BootPIG.from_unet(model.unet, remat=config.remat), config.trainable, dtype
     )
     tokenizer = model.tokenizer
-    del model  # Its float32 arrays would stay in memory beside the frozen ones.
 
     # 3. On the devices.
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -116,7 +117,6 @@ def train(config: TrainConfig) -> None:
         frozen = dataclasses.replace(frozen, vae={}, text_encoder={})  # Nobody reads them.
     frozen = place(frozen, partition_specs(frozen, mesh, min_size), mesh)
     state = init_state(trainable, optimizer, mesh, min_size, ema=config.ema_decay is not None)
-    del trainable
     train_step = make_train_step(graphs, optimizer, config, mesh, state, frozen)
 
     def flops_of(state: TrainState, frozen: Frozen, batch: Batch) -> float:
@@ -284,8 +284,13 @@ def export(
     Raises:
       UserError: the base checkpoint has changed since, or the folder cannot be written to.
     """
-    trained = place(state.result, jax.tree.map(lambda _: P(), state.result), mesh)
-    if jax.process_index() == 0:
+    first = jax.process_index() == 0
+    trained: Parameters = {}
+    for name, array in state.result.items():  # One at a time: each is whole on every device.
+        whole = place(array, P(), mesh)
+        if first:
+            trained[name] = np.asarray(whole)  # type: ignore[assignment]
+    if first:
         allow_pickle = config.model.allow_pickle
         if base_sha256(config) != base:
             raise UserError(
@@ -293,7 +298,7 @@ def export(
                 "on: restore them; the same command then exports"
             )
         folder = find_model(config.model.base, allow_pickle=allow_pickle)
-        unet = load_unet(folder / "unet", allow_pickle=allow_pickle)
+        unet = open_network(folder / "unet", UNet, UNetConfig, allow_pickle=allow_pickle)
         graph, parameters, _ = split_parameters(BootPIG.from_unet(unet), lambda path: True)
         bootpig: BootPIG = merge_parameters(graph, parameters | trained)
         precision = np.dtype(config.export_precision)

@@ -127,7 +127,8 @@ def test_the_cache_holds_pictures_as_batches_do(
     dataset: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = dataclasses.replace(load_stable_diffusion(model_folder), vae=PixelVAE())
-    monkeypatch.setattr(cache_latents, "load_stable_diffusion", lambda *_, **__: model)
+    monkeypatch.setattr(cache_latents, "open_stable_diffusion", lambda *_, **__: model)
+    monkeypatch.setattr(cache_latents, "read_weights", lambda network: network)
     arguments = [
         *(f"model.base={model_folder}", f"data.dir={dataset}", f"data.cache={tmp_path / 'cache'}"),
         *(f"data.image_size={SIDE}", "data.cache_copies=4", "output_dir=unused"),

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bootpig_jax.checkpoints.stored import Stored, map_safetensors, read_weights
 from bootpig_jax.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.errors import UserError
@@ -58,6 +58,8 @@ OLD_SPELLINGS: tuple[tuple[str, str | None], ...] = (
 class StableDiffusion:
     """A text-to-image model: its networks, its tokenizer and its noise schedule.
 
+    In the networks that `open_stable_diffusion` returns, every parameter is `Stored`.
+
     Attributes:
         scheduler_config: the parsed `scheduler_config.json` that `schedule` was made from.
     """
@@ -70,7 +72,30 @@ class StableDiffusion:
     scheduler_config: Mapping[str, Any]
 
 
-def load_stable_diffusion(
+def load_stable_diffusion(model: str | Path, **how: Any) -> StableDiffusion:
+    """Loads SD 1.5, 2.1-base, 2.1 or a smaller model of the same layout to the default device.
+
+    Args:
+        model: a folder in diffusers' layout, or the id of one on the Hugging Face hub.
+        how: as in `open_stable_diffusion`.
+
+    Raises:
+        UserError: a file is missing, cut short or does not fit its configuration.
+    """
+    return read_networks(open_stable_diffusion(model, **how))
+
+
+def read_networks(model: StableDiffusion) -> StableDiffusion:
+    """Brings the networks of `open_stable_diffusion` to the default device."""
+    return dataclasses.replace(
+        model,
+        unet=read_weights(model.unet),
+        vae=read_weights(model.vae),
+        text_encoder=read_weights(model.text_encoder),
+    )
+
+
+def open_stable_diffusion(
     model: str | Path,
     *,
     dtype: jnp.dtype = jnp.float32,
@@ -78,14 +103,14 @@ def load_stable_diffusion(
     kernels: Kernels | None = None,
     allow_pickle: bool = False,
 ) -> StableDiffusion:
-    """Loads SD 1.5, 2.1-base, 2.1 or a smaller model of the same layout.
+    """Opens a model and checks its weights' names and shapes; their values are read later.
 
     Args:
         model: a folder in diffusers' layout, or the id of one on the Hugging Face hub.
         dtype: the precision of the computation.
         param_dtype: the precision the parameters are kept in.
         kernels: how the device computes; those of the default device when ``None``.
-        allow_pickle: see `read_tensors`.
+        allow_pickle: see `open_tensors`.
 
     Raises:
         UserError: a file is missing, cut short or does not fit its configuration.
@@ -99,9 +124,9 @@ def load_stable_diffusion(
     }
     scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
     return StableDiffusion(
-        unet=load_unet(folder / "unet", **how),
-        vae=load_network(folder / "vae", VAE, VAEConfig, **how),
-        text_encoder=load_network(folder / "text_encoder", TextEncoder, TextEncoderConfig, **how),
+        unet=open_network(folder / "unet", UNet, UNetConfig, **how),
+        vae=open_network(folder / "vae", VAE, VAEConfig, **how),
+        text_encoder=open_network(folder / "text_encoder", TextEncoder, TextEncoderConfig, **how),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         schedule=NoiseSchedule.from_config(scheduler_config),
         scheduler_config=scheduler_config,
@@ -132,28 +157,17 @@ def find_model(model: str | Path, *, allow_pickle: bool = False) -> Path:
         raise UserError(f"model: {model} is no folder and can't be downloaded: {reason}") from error
 
 
-def load_unet(
-    folder: str | Path,
-    *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype = jnp.float32,
-    kernels: Kernels | None = None,
-    allow_pickle: bool = False,
-) -> UNet:
+def load_unet(folder: str | Path, **how: Any) -> UNet:
     """Loads one UNet's folder: a model's `unet/`, or `base_unet/` and `ref_unet/` of a BootPIG.
+
+    Args:
+        folder: of the UNet.
+        how: as in `open_network`.
 
     Raises:
         UserError: a file is missing, cut short or does not fit its configuration.
     """
-    return load_network(
-        Path(folder),
-        UNet,
-        UNetConfig,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernels=kernels,
-        allow_pickle=allow_pickle,
-    )
+    return load_network(Path(folder), UNet, UNetConfig, **how)
 
 
 class Config(Protocol):
@@ -165,6 +179,18 @@ class Config(Protocol):
 
 
 def load_network(
+    folder: Path, network: Callable[..., Network], config: type[Config], **how: Any
+) -> Network:
+    """Loads one network's folder to the default device; `how` is as in `open_network`.
+
+    Raises:
+        UserError: a file is missing, cut short or does not fit its configuration.
+    """
+    loaded: Network = read_weights(open_network(folder, network, config, **how))
+    return loaded
+
+
+def open_network(
     folder: Path,
     network: Callable[..., Network],
     config: type[Config],
@@ -174,7 +200,19 @@ def load_network(
     kernels: Kernels | None = None,
     allow_pickle: bool = False,
 ) -> Network:
-    """Builds a network's shapes from `config.json` and fills them from the folder's tensors.
+    """Builds a network's shapes from `config.json`, with the folder's tensors as its parameters.
+
+    Args:
+        folder: of the network.
+        network: its class.
+        config: its configuration's class.
+        dtype: the precision of the computation.
+        param_dtype: the precision the parameters are wanted in.
+        kernels: how the device computes; those of the default device when ``None``.
+        allow_pickle: see `open_tensors`.
+
+    Returns:
+        The network; every parameter is `Stored`.
 
     Raises:
         UserError: a file is missing or cut short, a tensor is missing, left over or of a wrong
@@ -193,7 +231,7 @@ def load_network(
     shapes = dict(nnx.to_flat_state(state))
     names = {diffusers_name(path): path for path in shapes}
 
-    tensors = read_tensors(folder, allow_pickle=allow_pickle)
+    tensors = open_tensors(folder, allow_pickle=allow_pickle)
     missing, left_over = sorted(names.keys() - tensors), sorted(tensors.keys() - names.keys())
     if missing or left_over:
         raise UserError(
@@ -207,7 +245,7 @@ def load_network(
                 f"{folder}: {name} has the shape {tensors[name].shape}, which does not fit "
                 f"config.json: {to_torch_shape(shapes[path].shape, path)} is expected"
             )
-        shapes[path] = shapes[path].replace(jnp.asarray(value, param_dtype))
+        shapes[path] = shapes[path].replace(Stored(value, np.dtype(param_dtype)))
     return nnx.merge(graph, nnx.from_flat_state(shapes))
 
 
@@ -309,8 +347,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
-    """Reads all tensors of a network's folder, old spellings brought up to date.
+def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
+    """Opens all tensors of a network's folder, old spellings brought up to date.
 
     Full precision is preferred to the `fp16` variant; a model split over several files is joined.
 
@@ -318,25 +356,20 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
         folder: of one network.
         allow_pickle: whether PyTorch's pickled files are opened where there is no safetensors file.
 
+    Returns:
+        Arrays that are mapped into memory, but for pickled ones, which are read.
+
     Raises:
         UserError: there is no file that may be opened, or one is damaged.
     """
     tensors: dict[str, np.ndarray] = {}
     for path in weight_files(folder, allow_pickle):
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickled
-        for key, tensor in read(path).items():
+        opened = map_safetensors if path.suffix == ".safetensors" else _read_pickled
+        for key, tensor in opened(path).items():
             name = _current_name(key)
             if name is not None:
                 tensors[name] = tensor
     return tensors
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="flax") as file:
-            return {key: np.asarray(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}; fetch it again") from None
 
 
 def _read_pickled(path: Path) -> dict[str, np.ndarray]:

@@ -21,7 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from bootpig_jax.attention import Strategy
-from bootpig_jax.checkpoints.diffusers import StableDiffusion, load_stable_diffusion
+from bootpig_jax.checkpoints.diffusers import (
+    StableDiffusion,
+    open_stable_diffusion,
+    read_networks,
+)
+from bootpig_jax.checkpoints.stored import read_weights
 from bootpig_jax.checkpoints.tokenizer import Tokenizer, tokenize_with_warnings
 from bootpig_jax.diffusion.schedule import NoiseSchedule
 from bootpig_jax.diffusion.solvers import Solver, make_solver
@@ -46,7 +51,7 @@ from bootpig_jax.sampling.requests import (
     reference_sets,
 )
 from bootpig_jax.sampling.settings import SamplingSettings, check_original, check_prompts
-from bootpig_jax.sampling.trained import check_bootpig, load_bootpig, save_bootpig
+from bootpig_jax.sampling.trained import check_bootpig, open_bootpig, save_bootpig
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -92,16 +97,19 @@ class BootPIGPipeline:
         """
         conditioning = None if bootpig is None else check_bootpig(bootpig)
         dtype = _dtype(precision)
-        model = load_stable_diffusion(
+        model = open_stable_diffusion(
             folder, dtype=dtype, param_dtype=dtype, allow_pickle=allow_pickle
         )
         if bootpig is None:
+            model = read_networks(model)
             # The same object: sampling changes no weights.
             return cls(model, model.unet)
-        base, reference = load_bootpig(
+        base, reference = open_bootpig(
             bootpig, model.unet.config, dtype=dtype, allow_pickle=allow_pickle
         )
-        return cls(dataclasses.replace(model, unet=base), reference, conditioning)
+        # The model's own UNet is never read.
+        model = read_networks(dataclasses.replace(model, unet=base))
+        return cls(model, read_weights(reference), conditioning)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `base_unet/`, `ref_unet/` and `bootpig.json`, for `from_pretrained(bootpig=...)`.

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bootpig_jax.checkpoints.diffusers import load_unet, save_unet
+from bootpig_jax.checkpoints.diffusers import open_network, save_unet
 from bootpig_jax.errors import UserError
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.sampling.conditioning import Conditioning
@@ -27,22 +27,29 @@ def check_bootpig(folder: str | Path) -> Conditioning:
     return Conditioning.read(folder)
 
 
-def load_bootpig(
+def open_bootpig(
     folder: str | Path, config: UNetConfig, *, dtype: jnp.dtype, allow_pickle: bool = False
 ) -> tuple[UNet, UNet]:
-    """Loads the Base UNet and the Reference UNet.
+    """Opens the Base UNet and the Reference UNet; `read_weights` reads them.
 
     Args:
         folder: what `save_bootpig` wrote, or the authors' release saves.
         config: of the text-to-image model's UNet.
         dtype: of weights and computation.
-        allow_pickle: see `checkpoints.diffusers.read_tensors`.
+        allow_pickle: see `checkpoints.diffusers.open_tensors`.
 
     Raises:
         UserError: a file is missing or damaged, or the UNets are of another size.
     """
     base, reference = (
-        load_unet(Path(folder) / name, dtype=dtype, param_dtype=dtype, allow_pickle=allow_pickle)
+        open_network(
+            Path(folder) / name,
+            UNet,
+            UNetConfig,
+            dtype=dtype,
+            param_dtype=dtype,
+            allow_pickle=allow_pickle,
+        )
         for name in FOLDERS
     )
     for unet in (base, reference):

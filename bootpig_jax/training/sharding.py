@@ -116,8 +116,22 @@ def named(specs: Tree, mesh: Mesh) -> Tree:
 
 
 def place(tree: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Puts arrays that every process holds in full onto the devices, as `specs` says."""
-    return jax.device_put(tree, named(specs, mesh))
+    """Puts arrays onto the devices as `specs` says.
+
+    Args:
+      tree: arrays that lie on the devices already, or that every process can read: of these
+        (NumPy's and `Stored` ones) each process reads what its own devices hold, and nothing is
+        sent between processes.
+      specs: a `PartitionSpec` for each.
+      mesh: the devices.
+    """
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree, named(specs, mesh))
 
 
 def place_batch(batch: Tree, mesh: Mesh) -> Tree:

@@ -336,7 +336,7 @@ def split_parameters(
     picked: Parameters = {}
     rest: Parameters = {}
     for path, variable in nnx.to_flat_state(state):
-        (picked if selected(path) else rest)[".".join(map(str, path))] = variable[...]
+        (picked if selected(path) else rest)[".".join(map(str, path))] = variable.get_value()
     return graph, picked, rest
 
 
@@ -367,16 +367,21 @@ def take_apart(
       dtype: the precision of the frozen parameters. Trained ones are float32.
 
     Returns:
-      The graphs, the trained and the frozen parameters.
+      The graphs, the trained and the frozen parameters. What is `Stored` stays so until `place`.
     """
 
     def selected(path: tuple[str | int, ...]) -> bool:
         return is_trainable(path, bootpig.base.config, trainable.base, trainable.reference)
 
-    features = jax.jit(lambda encoder, ids: encoder(ids))
     graph, trained, rest = split_parameters(bootpig, selected)
     vae_graph, vae, _ = split_parameters(model.vae, lambda path: True)
     text_graph, text_encoder, _ = split_parameters(model.text_encoder, lambda path: True)
+    text_encoder = cast(text_encoder, dtype)
+    # Read for this alone, and once more where it is wanted on the mesh.
+    encoder = merge_parameters(
+        text_graph, {name: jnp.asarray(array[...]) for name, array in text_encoder.items()}
+    )
+    empty_text = jax.jit(lambda encoder, ids: encoder(ids))(encoder, model.tokenizer([""]))[0]
     graphs = Graphs(
         bootpig=graph,
         vae=vae_graph,
@@ -389,8 +394,8 @@ def take_apart(
     frozen = Frozen(
         unets=cast(rest, dtype),
         vae=cast(vae, dtype),
-        text_encoder=cast(text_encoder, dtype),
-        empty_text=features(model.text_encoder, model.tokenizer([""]))[0].astype(dtype),
+        text_encoder=text_encoder,
+        empty_text=empty_text.astype(dtype),
     )
     return graphs, cast(trained, jnp.float32), frozen
 
