@@ -95,8 +95,7 @@ def test_batches_hold_what_was_stored(dataset: Path) -> None:
     for batch in take(loader(dataset, augmentation="none"), 5):
         for key in ("target", "reference"):
             assert batch[key].shape == (4, SIZE, SIZE, 3)
-            assert batch[key].dtype == np.float32
-            assert -1 <= batch[key].min() and batch[key].max() <= 1
+            assert batch[key].dtype == np.uint8
         for row, identity in enumerate(batch["id"]):
             index = int(identity)
             stored = make_record(index)
@@ -104,16 +103,8 @@ def test_batches_hold_what_was_stored(dataset: Path) -> None:
             assert batch["object"][row] == stored.object
             picture, mask = records.decode_picture(stored.target), make_picture(index)[1]
             expected = np.where(mask[..., None], picture, 255)
-            np.testing.assert_allclose(batch["target"][row], picture / 127.5 - 1, rtol=0, atol=1e-6)
-            np.testing.assert_allclose(
-                batch["reference"][row], expected / 127.5 - 1, rtol=0, atol=1e-6
-            )
-
-
-def test_white_and_black_are_exact() -> None:
-    pictures = [np.full((2, 2, 3), value, np.uint8) for value in (0, 255)]
-    result = pipeline._to_unit_range(pictures)
-    assert np.all(result[0] == -1) and np.all(result[1] == 1)
+            np.testing.assert_array_equal(batch["target"][row], picture)
+            np.testing.assert_array_equal(batch["reference"][row], expected)
 
 
 def test_every_epoch_holds_every_sample_once_in_a_new_order(dataset: Path) -> None:
@@ -148,7 +139,7 @@ def test_first_examples_are_unaugmented_and_in_order(dataset: Path) -> None:
     batch = pipeline.first_examples(dataset, count=6, image_size=SIZE)
     assert list(batch["id"]) == [f"{i:08d}" for i in range(6)]
     subject = make_picture(2)[1]
-    assert np.all(batch["reference"][2][~subject] == 1)
+    assert np.all(batch["reference"][2][~subject] == 255)
     assert len(pipeline.first_examples(dataset, count=99, image_size=SIZE)["id"]) == NUM_RECORDS
 
 

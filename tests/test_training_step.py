@@ -44,6 +44,7 @@ from bootpig_jax.training.step import (
     merge_parameters,
     split_parameters,
     take_apart,
+    unit_range,
 )
 from tests.sampling_models import UNET, random_network
 
@@ -75,8 +76,8 @@ def parts(model_folder: Path) -> Parts:
     graphs, trainable, frozen = take_apart(model, bootpig, TrainableConfig(), FLOAT32)
     rng = np.random.default_rng(0)
     pictures = Pictures(
-        target=rng.uniform(-1, 1, (BATCH, 16, 16, 3)).astype(np.float32),
-        reference=rng.uniform(-1, 1, (BATCH, 16, 16, 3)).astype(np.float32),
+        target=rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
+        reference=rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8),
         caption=model.tokenizer([f"dog {i}" for i in range(BATCH)]),
         reference_caption=model.tokenizer([f"cat {i}" for i in range(BATCH)]),
     )
@@ -98,7 +99,7 @@ def configuration(**changes: Any) -> TrainConfig:
 def run(
     parts: Parts, config: TrainConfig, steps: int, devices: int
 ) -> tuple[TrainState, list[Metrics]]:
-    """Trains on one batch; a last update on a batch that is not finite must change nothing.
+    """Trains on one batch; a last update whose loss is not finite must change nothing.
 
     Also follows the running average, if there is one.
     """
@@ -119,15 +120,22 @@ def run(
     for name in average:
         np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-7)
     before = jax.device_get(state)
-    broken = jax.tree.map(
-        lambda leaf: leaf * np.nan if np.issubdtype(leaf.dtype, np.floating) else leaf,
-        parts.pictures,
-    )
-    state, metrics = step(state, frozen, place_batch(broken, mesh))
+    broken = dataclasses.replace(frozen, vae=jax.tree.map(lambda leaf: leaf * np.nan, frozen.vae))
+    state, metrics = step(state, broken, place_batch(parts.pictures, mesh))
     assert metrics["skipped"] == 1 and state.step == before.step + 1
     after = dataclasses.replace(jax.device_get(state), step=before.step)
     jax.tree.map(np.testing.assert_array_equal, after, before)
     return before, jax.device_get(history)
+
+
+def test_bytes_become_what_division_makes_of_them() -> None:
+    values = np.arange(256, dtype=np.uint8)
+    expected = np.divide(values, 127.5, dtype=np.float32) - np.float32(1)
+    assert expected[0] == -1 and expected[255] == 1
+    pictures = np.broadcast_to(values[:, None], (2, 3, 256, 3))
+    for function in (unit_range, jax.jit(unit_range)):
+        found = np.asarray(function(jnp.asarray(pictures)))
+        np.testing.assert_array_equal(found, expected[pictures])
 
 
 STEPS, MANY_STEPS = 3, 10

@@ -27,7 +27,7 @@ from typing import TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 
 from bootpig_jax.data import records
 from bootpig_jax.data.augment import AugmentationKind, build_reference, resize_square
@@ -37,10 +37,10 @@ from bootpig_jax.errors import UserError
 class Batch(TypedDict):
     """What the loader yields."""
 
-    target: Float[np.ndarray, "b h w 3"]
-    """Target pictures in [-1, 1]."""
-    reference: Float[np.ndarray, "b h w 3"]
-    """The subjects on white, in [-1, 1]."""
+    target: UInt8[np.ndarray, "b h w 3"]
+    """Target pictures."""
+    reference: UInt8[np.ndarray, "b h w 3"]
+    """The subjects on white."""
     caption: np.ndarray
     """The targets' captions: an array of str, [b]."""
     object: np.ndarray
@@ -271,20 +271,9 @@ class _Augment:
 
 def _to_batch(examples: Sequence[_Example]) -> Batch:
     return {
-        "target": _to_unit_range([example.target for example in examples]),
-        "reference": _to_unit_range([example.reference for example in examples]),
+        "target": np.stack([example.target for example in examples]),
+        "reference": np.stack([example.reference for example in examples]),
         "caption": np.asarray([example.record.caption for example in examples], np.str_),
         "object": np.asarray([example.record.object for example in examples], np.str_),
         "id": np.asarray([example.record.id for example in examples], np.str_),
     }
-
-
-def _to_unit_range(
-    pictures: Sequence[UInt8[np.ndarray, "h w 3"]],
-) -> Float[np.ndarray, "b h w 3"]:
-    """Stacks pictures and maps 0..255 to [-1, 1], exactly at both ends."""
-    result = np.empty((len(pictures), *pictures[0].shape), np.float32)
-    for row, picture in zip(result, pictures, strict=True):  # stays in the cache, unlike the batch
-        np.divide(picture, np.float32(127.5), out=row)
-        row -= np.float32(1)
-    return result

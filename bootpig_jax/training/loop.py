@@ -247,7 +247,7 @@ def make_draw_grid(
     noise: Array | None = None
     if conditioning.reference_timestep == "same":
         noise = jax.random.normal(keys[1], (len(solver.timesteps), *latents.shape))
-    references = _to_bytes(np.asarray(examples["reference"]))
+    references = examples["reference"]
     decode = jax.jit(lambda vae, latents: vae.decode_latents(latents))
 
     def draw_grid(state: TrainState) -> UInt8[np.ndarray, "H W 3"]:

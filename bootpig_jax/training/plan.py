@@ -180,7 +180,7 @@ def _abstract_batch(config: TrainConfig, graphs: Graphs, frozen: Frozen) -> Batc
     separate = config.reference_caption != "target"
 
     def pictures() -> Pictures:
-        picture = jnp.zeros((count, size, size, 3))
+        picture = jnp.zeros((count, size, size, 3), jnp.uint8)
         ids = jnp.zeros((count, text[0]), jnp.int32)
         return Pictures(picture, picture, ids, ids if separate else None)
 

@@ -30,7 +30,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray, UInt8
 
 from bootpig_jax.bootpig import BootPIG, is_trainable, reference_features
 from bootpig_jax.checkpoints.diffusers import StableDiffusion
@@ -52,6 +52,7 @@ from bootpig_jax.training.sharding import (
 Metrics = dict[str, Array]
 Features = tuple[Array, ...]
 TIMESTEP_BUCKETS = 10
+EIGHT_BITS = 257 / 2**15  # of 1 / 127.5: the product with a byte is exact in float32
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -65,8 +66,8 @@ class Pictures:
     """A batch as the data pipeline makes it.
 
     Attributes:
-        target: [b, H, W, 3] in [-1, 1].
-        reference: [b, H, W, 3] in [-1, 1].
+        target: [b, H, W, 3] in 0 .. 255, a byte a value: so they travel to the devices.
+        reference: [b, H, W, 3] likewise.
         caption: [b, l] token ids for the Base UNet.
         reference_caption: [b, l] token ids for the Reference UNet; None if it reads the same
         caption.
@@ -235,7 +236,7 @@ def encode(vae: VAE, text_encoder: TextEncoder, pictures: Pictures) -> Encoded:
     """Applies the frozen VAE encoder and text encoder to a batch."""
 
     def posterior(images: Array | np.ndarray) -> Posterior:
-        mean, log_variance = vae.encode(jnp.asarray(images))
+        mean, log_variance = vae.encode(unit_range(jnp.asarray(images)))
         scale = vae.config.scaling_factor
         return Posterior(scale * mean, scale * jnp.exp(0.5 * log_variance))
 
@@ -248,6 +249,16 @@ def encode(vae: VAE, text_encoder: TextEncoder, pictures: Pictures) -> Encoded:
         text=text_encoder(jnp.asarray(pictures.caption)),
         reference_text=reference_text,
     )
+
+
+def unit_range(pictures: UInt8[Array, "b H W 3"]) -> Float32[Array, "b H W 3"]:
+    """Maps 0 .. 255 to [-1, 1], exactly at both ends: `x / 127.5 - 1`, to the bit.
+
+    Compilers make a product with the reciprocal of the quotient, which rounds otherwise. Here the
+    first product is exact and the second one its rest, so their sum is the quotient, rounded.
+    """
+    x = pictures.astype(jnp.float32)
+    return (x * EIGHT_BITS + x * (1 / 127.5 - EIGHT_BITS)) - 1
 
 
 def bootpig_loss(
