@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -144,12 +145,20 @@ def place_batch(batch: Tree, mesh: Mesh) -> Tree:
     )
 
 
-def gather(tree: Tree, specs: Tree) -> Tree:
-    """Inside `shard_map`: makes every array whole again."""
+def gather(tree: Tree, specs: Tree, dtype: jnp.dtype) -> Tree:
+    """Inside `shard_map`: makes every array whole again.
+
+    Args:
+      tree: each device's parts.
+      specs: how they were split.
+      dtype: the precision in which what was split is sent and kept. What was whole stays as it is.
+    """
 
     def whole(array: jax.Array, spec: P) -> jax.Array:
         axis = _fsdp_axis(spec)
-        return array if axis is None else jax.lax.all_gather(array, "fsdp", axis=axis, tiled=True)
+        if axis is None:
+            return array
+        return jax.lax.all_gather(array.astype(dtype), "fsdp", axis=axis, tiled=True)
 
     return jax.tree.map(whole, tree, specs)
 
