@@ -1,6 +1,9 @@
-"""Texts and pictures to what the UNets see, and back: jitted, a few pictures at a time."""
+"""Texts and pictures to what the UNets see, and back: jitted.
 
-from collections.abc import Iterator
+Pictures go through the VAE one by one: its activations are larger than the UNets', one picture of
+512 px keeps a GPU busy, and what becomes of a picture does not depend on those beside it.
+"""
+
 from functools import partial
 
 import jax
@@ -12,8 +15,6 @@ from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 from bootpig_jax.models.text_encoder import TextEncoder
 from bootpig_jax.models.vae import VAE
 
-VAE_BATCH = 4  # pictures that go through the VAE together: its activations are the largest
-
 
 def encode_text(text_encoder: TextEncoder, ids: Int32[np.ndarray, "b l"]) -> Float[Array, "b l e"]:
     """The token features of tokenized texts."""
@@ -24,24 +25,14 @@ def encode_text(text_encoder: TextEncoder, ids: Int32[np.ndarray, "b l"]) -> Flo
 def encode_images(vae: VAE, images: Float32[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
     """The scaled latents of pictures in [-1, 1]: the means of the VAE's posterior."""
     graph, state = nnx.split(vae)
-    encoded = [_encode_images(graph, state, jnp.asarray(part)) for part in _in_parts(images)]
-    return jnp.concatenate(encoded)[: len(images)]
+    return jnp.concatenate([_encode_images(graph, state, image[None]) for image in images])
 
 
 def decode(vae: VAE, latents: Float[Array, "b h w c"]) -> UInt8[np.ndarray, "b H W 3"]:
     """The pictures of scaled latents, as 8-bit RGB."""
     graph, state = nnx.split(vae)
-    parts = _in_parts(np.asarray(latents))
-    decoded = [np.asarray(_decode(graph, state, jnp.asarray(part))) for part in parts]
-    return np.concatenate(decoded)[: len(latents)]
-
-
-def _in_parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Parts of `VAE_BATCH` rows at most, of one length; the last is filled up with its last row."""
-    size = min(VAE_BATCH, len(values))
-    for start in range(0, len(values), size):
-        part = values[start : start + size]
-        yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+    decoded = [_decode(graph, state, row[None]) for row in np.asarray(latents)]
+    return np.concatenate(jax.device_get(decoded))
 
 
 @partial(jax.jit, static_argnames="graph")
