@@ -32,7 +32,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from bootpig_jax import BootPIGPipeline
 from bootpig_jax.checkpoints.diffusers import load_stable_diffusion
-from bootpig_jax.sampling.encoding import VAE_BATCH
 from tests.tiny_models import Kind, save_tiny_model, torch_unet
 from tests.torch_pictures import (
     Box,
@@ -171,14 +170,14 @@ def test_decoded_latents_are_cut_off_at_black_and_white(folders: Folders) -> Non
     assert ours.min() == -1 and ours.max() == 1
 
 
-def test_more_pictures_than_go_through_the_vae_together(folders: Folders) -> None:
+def test_several_pictures_through_the_vae(folders: Folders) -> None:
     folder, bootpig = folders("sd15")
     pipeline, model = BootPIGPipeline.from_pretrained(folder), TorchModel.load(folder, bootpig)
-    images = np.stack([picture(seed, HEIGHT, WIDTH) for seed in range(VAE_BATCH + 2)])
+    images = np.stack([picture(seed, HEIGHT, WIDTH) for seed in range(2)])
     encoded = pipeline.encode_images(images.astype(np.float32) / 127.5 - 1)
     expected = torch.stack([model.encode(image) for image in images]).permute(0, 2, 3, 1)
     np.testing.assert_allclose(encoded, expected, atol=1e-5)
-    latents = initial_noise(0, VAE_BATCH + 2, 1, *LATENTS)
+    latents = initial_noise(0, 2, 1, *LATENTS)
     decoded = pipeline.decode(jnp.asarray(latents.float().permute(0, 2, 3, 1)))
     assert_same_pictures(
         [Image.fromarray(drawn) for drawn in decoded], [model.decode(one) for one in latents]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bootpig_jax.data import pipeline
 from bootpig_jax.data.pictures import to_rgb
 from bootpig_jax.evaluation import embedders, lpips
 from bootpig_jax.sampling.encoding import decode, encode_images
 from bootpig_jax.sampling.inpainting import make_original, read_mask
 from bootpig_jax.sampling.references import prepare_reference, prepare_references
 from bootpig_jax.training import loop
+from bootpig_jax.training.step import unit_range
 from data_gen.config import PicturesConfig
 from data_gen.pictures import DiffusionPictures
 from tests.pixel_vae import PixelVAE
@@ -40,7 +40,7 @@ def preprocessed(levels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "to_network",
     [
-        pytest.param(lambda x: pipeline._to_unit_range([x])[0], id="training"),
+        pytest.param(lambda x: np.asarray(unit_range(jnp.asarray(x[None])))[0], id="training"),
         pytest.param(
             lambda x: prepare_reference(Image.fromarray(x), 16, 16, "none"), id="a reference"
         ),
