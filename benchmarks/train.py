@@ -8,8 +8,9 @@ layers) with AdamW and clipping, from latents and text features: on a CPU in flo
 Stable Diffusion 2.1's shape and 0.4 of its width, at 32x32 latents, two samples at a time; on an
 accelerator in bfloat16 with float32 masters, on Stable Diffusion 2.1-base itself, at 64x64 latents,
 sixteen at a time. PyTorch's step is written plainly: diffusers' UNets (on a GPU channels last and
-under autocast), hooks that collect the reference features, an attention processor that joins them to
-keys and values, autograd. It drops no references, which spares it a mask. On a TPU ours is timed alone.
+under autocast), hooks that collect the reference features, an attention processor that joins them
+to keys and values, autograd. It drops no references, which spares it a mask. On a TPU ours is timed
+alone.
 
 Each side is a process of its own, which compiles and warms up first. Then they take turns of three
 steps, of which the first is not timed: a process that has been idle runs slower for a moment, and a

@@ -112,6 +112,7 @@ def plan(config: TrainConfig, dtype: jnp.dtype, mesh: Mesh, kernels: Kernels | N
     cheap = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options: dict[str, Any] = cheap if device.platform == "cpu" else {}
     memory = compile_to_fit(traced.lower(), options).memory_analysis()
+    assert memory is not None  # every compiler that plans are made with tells
     return Plan(
         masters=_bytes_per_device((state.trainable, state.ema)),
         moments=_bytes_per_device(state.optimizer),
