@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bootpig_jax.errors import run_cli
+from bootpig_jax.files import local_path
 
 ROOT = Path(__file__).parents[1]
 SIZES = ROOT / "configs" / "models" / "stable-diffusion-2-1-base"
@@ -149,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", allow_abbrev=False)
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=local_path, help="write the figures as JSON")
+    parser.add_argument("--folder", type=local_path, help=argparse.SUPPRESS)
     parser.add_argument("--case", choices=("write", *CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.case == "write":

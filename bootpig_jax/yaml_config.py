@@ -208,6 +208,9 @@ def _parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         raise UserError(f"{where}: {_one_line(problem)}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{name}: is not valid YAML: {_one_line(str(error))}") from None
+    except (AttributeError, KeyError, TypeError):
+        # How PyYAML fails where a tag stands before what it is not, such as `!!timestamp x`.
+        raise UserError(f"{name}: a tag such as !!bool does not fit its value") from None
     except RecursionError:
         raise UserError(f"{name}: is nested too deeply") from None
 

@@ -252,9 +252,11 @@ def test_the_plan_of_training_is_in_gib_and_seconds() -> None:
             frozen=gib // 2,
             batch=gib // 4,
             temporary=8 * gib,
+            compiled={},
             flops=1.5e15,
             devices=4,
-        )
+        ),
+        "estimated",
     )
     figures = dict(re.findall(r"^ *(\S.*?)[: ] +([\d.]+)$", table, re.MULTILINE))
     assert "On each of 4 devices, GiB" in table
@@ -319,7 +321,7 @@ def test_a_full_disk_is_told_in_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     large: Any = np.broadcast_to(np.float32(0), 5 * 10**8)  # 2 GB that take no memory
     state = TrainState(large, {}, (), {})
     with pytest.raises(UserError, match=r"has 3\.1 GB free, its checkpoints need 4\.0 GB"):
-        Checkpoints(configuration(tmp_path), "fingerprint").check_space(state)
+        Checkpoints(configuration(tmp_path), "fingerprint", "base").check_space(state)
 
 
 def test_the_quickstarts_memory_is_in_gb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,9 @@ def all_damaged(world: World) -> list[str]:
 
 def other_model(world: World) -> list[str]:
     world.run()
-    return [f"model.base={world.copy('model')}"]
+    model = world.copy("model")
+    flip(next((model / "unet").glob("*.safetensors")))
+    return [f"model.base={model}"]
 
 
 def other_precision(world: World) -> list[str]:

@@ -7,7 +7,7 @@ The table is an exact bijection: a tensor left over on either side is an error t
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -27,6 +27,8 @@ from bootpig_jax.models.shapes import OneKey
 from bootpig_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from bootpig_jax.models.unet import UNet, UNetConfig
 from bootpig_jax.models.vae import VAE, VAEConfig
+
+MAX_DEPTH = 32  # of a JSON file; what is deeper cannot even be shown in an error
 
 ParameterPath = tuple[Any, ...]  # of attribute names and list indices
 Network = TypeVar("Network", UNet, VAE, TextEncoder)
@@ -344,7 +346,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise UserError(f"{path} is nested more than {MAX_DEPTH} deep")
     return content
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:

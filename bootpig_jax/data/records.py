@@ -558,7 +558,9 @@ def read_split(folder: str | os.PathLike[str], split: str = "train") -> Split:
         if any(count < 0 for counts in counts_of.values() for count in counts):
             raise ValueError("a negative count")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a TFDS description of splits; run data_gen again") from error
+        raise UserError(
+            f"{path}: not a TFDS description of splits ({error}); run data_gen again"
+        ) from error
     if split not in counts_of:
         raise UserError(f"{path}: no split {split!r}; it has {', '.join(sorted(counts_of))}")
     counts = counts_of[split]
