@@ -553,7 +553,7 @@ def read_split(folder: str | os.PathLike[str], split: str = "train") -> Split:
             for entry in info["splits"]
         }
         dataset = info["name"]
-        if not all(map(_NAME.fullmatch, (dataset, *counts_of))):
+        if not isinstance(dataset, str) or not all(map(_NAME.fullmatch, counts_of)):
             raise ValueError("a name of another form")
         if any(count < 0 for counts in counts_of.values() for count in counts):
             raise ValueError("a negative count")
