@@ -1,6 +1,7 @@
 """How much of the host's memory loading takes, for Stable Diffusion 2.1-base at full size.
 
     python -m benchmarks.load [--precision bfloat16] [--output benchmarks/results/load.json]
+    python -m benchmarks.load --picture
 
 It writes a model of the full size with constant weights in float16 (2.6 GB) into a temporary folder
 and loads it as training does (trained weights in float32, frozen ones in the precision) and as the
@@ -9,6 +10,10 @@ pipeline does, with a BootPIG and without, each in a process of its own.
 The peak is of the process's anonymous memory (`RssAnon`), looked up every few milliseconds: with
 JAX itself, and without the pages of mapped files, which the kernel takes back when it needs them.
 On a CPU the weights themselves are in it, as the device's memory is the host's.
+
+`--picture` loads nothing. It prints what the programs of one picture of 512 px from one reference
+take beside the weights: this machine's compiler's account of them in float32, which is an estimate
+of what an accelerator takes, in bfloat16 rather less.
 """
 
 import argparse
@@ -104,6 +109,31 @@ CASES: dict[str, Callable[[Path, str], Any]] = {
 }
 
 
+def print_picture() -> None:
+    """Prints what one picture's programs take within them."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import lower
+    from bootpig_jax.kernels import PLAIN
+
+    # Buffers are assigned before machine code is made: the code that is made fastest will do.
+    options: dict[str, Any] = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    # In bfloat16 a CPU's program holds float32 copies of all weights.
+    dtype = jnp.dtype(jnp.float32)
+    programs: dict[str, Callable[[], jax.stages.Traced]] = {
+        "a reference is encoded": lambda: lower.vae(PLAIN, "encode", dtype=dtype),
+        "50 guided steps": lambda: lower.sampling(PLAIN, 1, samples=1, dtype=dtype),
+        "the picture is decoded": lambda: lower.vae(PLAIN, "decode", dtype=dtype),
+    }
+    for name, program in programs.items():
+        memory = program().lower().compile(compiler_options=options).memory_analysis()
+        print(f"{name:<24}{memory.temp_size_in_bytes / GIB:6.2f} GiB (estimated)", flush=True)
+
+
 def anonymous() -> int:
     """This process's anonymous memory in bytes."""
     status = Path("/proc/self/status").read_text()
@@ -152,8 +182,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--output", type=local_path, help="write the figures as JSON")
     parser.add_argument("--folder", type=local_path, help=argparse.SUPPRESS)
+    parser.add_argument("--picture", action="store_true", help="of one picture's programs")
     parser.add_argument("--case", choices=("write", *CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.picture:
+        print_picture()
+        return
     if options.case == "write":
         write_model(options.folder)
         return

@@ -97,6 +97,7 @@ def sampling(
     references: int,
     *,
     samples: int = 4,
+    dtype: jnp.dtype = HALF,
     model: Path = SD21_BASE,
     strategy: str = "softmax",
     solver: str = "unipc",
@@ -108,9 +109,10 @@ def sampling(
     config = UNetConfig.from_dict(read_json(model / "unet" / "config.json"))
     schedule = NoiseSchedule.from_config(read_json(model / "scheduler" / "scheduler_config.json"))
     side, width = config.sample_size, config.cross_attention_dim
-    graph, weights = _shapes(model / "unet", UNet, UNetConfig, kernels)
-    picture, text = shape(samples, side, side, 4, dtype=jnp.float32), shape(samples, 77, width)
-    arrays = {"initial_latents": picture, "text": text, "empty_text": shape(1, 77, width)}
+    graph, weights = _shapes(model / "unet", UNet, UNetConfig, kernels, dtype)
+    picture = shape(samples, side, side, 4, dtype=jnp.float32)
+    text, one_text = (shape(count, 77, width, dtype=dtype) for count in (samples, 1))
+    arrays = {"initial_latents": picture, "text": text, "empty_text": one_text}
     if inpaint:
         mask = shape(samples, side, side, 1, dtype=jnp.float32)
         arrays["kept"] = KeptLatents(picture, mask)
@@ -125,7 +127,7 @@ def sampling(
     latents = (1, references, side, side, 4)
     arrays["reference_latents"] = shape(*latents, dtype=jnp.float32)
     arrays["reference_noise"] = shape(steps, *latents, dtype=jnp.float32)
-    arrays["reference_text"] = shape(1, 77, width)
+    arrays["reference_text"] = one_text
     if options.get("reference_timestep") == 0:
         arrays["reference_noise"] = None
 
@@ -136,12 +138,14 @@ def sampling(
     return jax.jit(draw).trace(weights, weights, arrays)
 
 
-def vae(kernels: Kernels, direction: str, model: Path = SD21_BASE) -> jax.stages.Traced:
-    """The VAE's encoder or decoder, for four pictures."""
-    graph, weights = _shapes(model / "vae", VAE, VAEConfig, kernels)
+def vae(
+    kernels: Kernels, direction: str, *, dtype: jnp.dtype = HALF, model: Path = SD21_BASE
+) -> jax.stages.Traced:
+    """The VAE's encoder or decoder, for one picture."""
+    graph, weights = _shapes(model / "vae", VAE, VAEConfig, kernels, dtype)
     sizes = VAEConfig.from_dict(read_json(model / "vae" / "config.json"))
     side = sizes.sample_size // (1 if direction == "encode" else sizes.downsampling)
-    x = shape(4, side, side, 3 if direction == "encode" else 4)
+    x = shape(1, side, side, 3 if direction == "encode" else 4, dtype=dtype)
     return jax.jit(lambda w, x: getattr(nnx.merge(graph, w), direction)(x)).trace(weights, x)
 
 
@@ -157,9 +161,12 @@ def shape(*sizes: int, dtype: Any = HALF) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def _shapes(folder: Path, network: Any, config: Any, kernels: Kernels) -> Any:
+def _shapes(
+    folder: Path, network: Any, config: Any, kernels: Kernels, dtype: jnp.dtype = HALF
+) -> Any:
     sizes = config.from_dict(read_json(folder / "config.json"))
-    return nnx.split(network_shapes(network, sizes, dtype=HALF, param_dtype=HALF, kernels=kernels))
+    how: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "kernels": kernels}
+    return nnx.split(network_shapes(network, sizes, **how))
 
 
 PROGRAMS: Mapping[str, Program] = {
