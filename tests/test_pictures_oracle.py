@@ -347,16 +347,16 @@ def transparent() -> tuple[Image.Image, np.ndarray]:
 
 
 def before_a_plain_background() -> tuple[Image.Image, np.ndarray]:
-    """The background shows through a hole in the subject, and stays there."""
+    """A long subject; the background shows through a hole in it, and stays there."""
     rng = np.random.default_rng(4)
     rgb = (np.array([40, 90, 160]) + rng.integers(-8, 9, (50, 70, 3))).astype(np.uint8)
     shape = np.zeros((50, 70), bool)
-    shape[12:41, 20:33] = shape[30:41, 20:60] = True
+    shape[18:37, 8:24] = shape[28:37, 8:62] = True
     hole = np.zeros_like(shape)
-    hole[33:37, 40:50] = True
+    hole[30:34, 40:50] = True
     rgb[shape & ~hole] = rng.integers(190, 256, (50, 70, 3))[shape & ~hole]
     cut = np.where(shape[..., None], rgb, 255).astype(np.uint8)
-    return Image.fromarray(rgb), on_white(cut[12:41, 20:60], HEIGHT, WIDTH)
+    return Image.fromarray(rgb), on_white(cut[18:37, 8:62], HEIGHT, WIDTH)
 
 
 def grey_and_turned_by_the_camera() -> tuple[Image.Image, np.ndarray]:
